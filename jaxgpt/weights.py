@@ -1,0 +1,194 @@
+"""THE name table: our parameter, its Hugging Face and GGUF names, and the layout between.
+
+Parameters are one flat dict, `{"layers.0.attn.q.kernel": array}`; the names are
+the taps' module names plus `weight`, `kernel` or `bias`. Hugging Face is the
+pivot. Only here does a layout change: `to_ours` and `from_ours` are written side
+by side, and because an inverse pair hides symmetric mistakes, tests anchor the
+table to stock transformers models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig, hf_model_type
+from jaxgpt.errors import InputError, first
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of our arrays and where it lives in other programs."""
+
+    name: str
+    """Ours, e.g. `layers.0.attn.q.kernel`."""
+    shape: tuple[int, ...]
+    """Ours: kernels are (in, out), embeddings (V, D)."""
+    hf: str
+    """The tensor of the Hugging Face file."""
+    gguf: str
+    """The tensor of the GGUF file."""
+    transposed: bool = False
+    """The Hugging Face tensor is (out, in): torch's Linear, not Conv1D."""
+    part: tuple[int, int] | None = None
+    """(index, count): ours is one equal part of the tensor's last axis (GPT-2's c_attn)."""
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor of the file as this parameter (a view where possible)."""
+        if self.part is not None:
+            index, count = self.part
+            tensor = np.split(tensor, count, axis=-1)[index]
+        return tensor.T if self.transposed else tensor
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the Hugging Face file."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return shape if self.part is None else (*shape[:-1], shape[-1] * self.part[1])
+
+
+def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Every parameter of the model, in execution order.
+
+    A config that has no Hugging Face type still has parameters; their foreign
+    names are then empty, and `hf_model_type` says why on export.
+    """
+    shapes = _shapes(config)
+    try:
+        table = _GPT2 if hf_model_type(config) == "gpt2" else _LLAMA
+    except InputError:
+        return tuple(Parameter(name, shape, "", "") for name, shape in shapes.items())
+    return tuple(_row(table, name, shape) for name, shape in shapes.items())
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    c = config
+    D, F, V = c.hidden_size, c.intermediate_size, c.vocab_size
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed.tokens.weight": (V, D)}
+    if c.position_embedding == "learned":
+        shapes["embed.positions.weight"] = (c.max_position_embeddings, D)
+
+    def norm(at: str) -> None:
+        shapes[f"{at}.weight"] = (D,)
+        if c.norm == "layernorm":
+            shapes[f"{at}.bias"] = (D,)
+
+    def linear(at: str, inputs: int, outputs: int, bias: bool) -> None:
+        shapes[f"{at}.kernel"] = (inputs, outputs)
+        if bias:
+            shapes[f"{at}.bias"] = (outputs,)
+
+    for i in range(c.num_hidden_layers):
+        norm(f"layers.{i}.attn_norm")
+        linear(f"layers.{i}.attn.q", D, q, c.qkv_bias)
+        linear(f"layers.{i}.attn.k", D, kv, c.qkv_bias)
+        linear(f"layers.{i}.attn.v", D, kv, c.qkv_bias)
+        linear(f"layers.{i}.attn.out", q, D, c.attention_output_bias)
+        norm(f"layers.{i}.mlp_norm")
+        if c.gated_mlp:
+            linear(f"layers.{i}.mlp.gate", D, F, c.mlp_bias)
+        linear(f"layers.{i}.mlp.up", D, F, c.mlp_bias)
+        linear(f"layers.{i}.mlp.down", F, D, c.mlp_bias)
+    norm("final_norm")
+    if not c.tie_word_embeddings:
+        shapes["head.weight"] = (V, D)
+    return shapes
+
+
+# module: (Hugging Face module, GGUF module, part of the tensor or None)
+_Table = Mapping[str, tuple[str, str, tuple[int, int] | None]]
+_GPT2: _Table = {
+    "embed.tokens": ("transformer.wte", "token_embd", None),
+    "embed.positions": ("transformer.wpe", "position_embd", None),
+    "attn_norm": ("transformer.h.{i}.ln_1", "blk.{i}.attn_norm", None),
+    "attn.q": ("transformer.h.{i}.attn.c_attn", "blk.{i}.attn_qkv", (0, 3)),
+    "attn.k": ("transformer.h.{i}.attn.c_attn", "blk.{i}.attn_qkv", (1, 3)),
+    "attn.v": ("transformer.h.{i}.attn.c_attn", "blk.{i}.attn_qkv", (2, 3)),
+    "attn.out": ("transformer.h.{i}.attn.c_proj", "blk.{i}.attn_output", None),
+    "mlp_norm": ("transformer.h.{i}.ln_2", "blk.{i}.ffn_norm", None),
+    "mlp.up": ("transformer.h.{i}.mlp.c_fc", "blk.{i}.ffn_up", None),
+    "mlp.down": ("transformer.h.{i}.mlp.c_proj", "blk.{i}.ffn_down", None),
+    "final_norm": ("transformer.ln_f", "output_norm", None),
+    "head": ("lm_head", "output", None),
+}
+_LLAMA: _Table = {
+    "embed.tokens": ("model.embed_tokens", "token_embd", None),
+    "attn_norm": ("model.layers.{i}.input_layernorm", "blk.{i}.attn_norm", None),
+    "attn.q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q", None),
+    "attn.k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k", None),
+    "attn.v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v", None),
+    "attn.out": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output", None),
+    "mlp_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm", None),
+    "mlp.gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate", None),
+    "mlp.up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up", None),
+    "mlp.down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down", None),
+    "final_norm": ("model.norm", "output_norm", None),
+    "head": ("lm_head", "output", None),
+}
+
+
+def _row(table: _Table, name: str, shape: tuple[int, ...]) -> Parameter:
+    module, leaf = name.rsplit(".", 1)
+    layer = ""
+    if module.startswith("layers."):
+        _, layer, module = module.split(".", 2)
+    hf, gguf, part = table[module]
+    suffix = "bias" if leaf == "bias" else "weight"
+    # GPT-2 stores Conv1D weights (in, out), as we do; everyone else Linear (out, in).
+    transposed = leaf == "kernel" and table is not _GPT2
+    return Parameter(
+        name=name,
+        shape=shape,
+        hf=f"{hf.format(i=layer)}.{suffix}",
+        gguf=f"{gguf.format(i=layer)}.{suffix}",
+        transposed=transposed,
+        part=part,
+    )
+
+
+def check_bijection(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a set of Hugging Face tensors that is not exactly this model's.
+
+    Raises:
+        InputError: every missing, left-over and misshapen tensor, in one line.
+    """
+    expected = {p.hf: p.hf_shape for p in parameters(config)}
+    missing = [name for name in expected if name not in shapes]
+    extra = sorted(name for name in shapes if name not in expected)
+    misshapen = [
+        f"{name} is {list(shapes[name])}, model {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    problems: list[str] = []
+    if missing:
+        problems.append(f"lacks {len(missing)} of {len(expected)} tensors (first: {first(missing)})")
+    if extra:
+        problems.append(f"has {len(extra)} tensors the model does not (first: {first(extra)})")
+    if misshapen:
+        problems.append(f"has {len(misshapen)} misshapen tensors ({first(misshapen)})")
+    if problems:
+        raise InputError("the weights file " + "; ".join(problems))
+
+
+def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face tensors as our flat parameters, after `check_bijection`."""
+    check_bijection(config, {name: tensor.shape for name, tensor in tensors.items()})
+    return {p.name: p.to_ours(tensors[p.hf]) for p in parameters(config)}
+
+
+def to_hf(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our flat parameters as Hugging Face tensors; the exact inverse of `from_hf`.
+
+    Raises:
+        InputError: the config has no Hugging Face type.
+    """
+    hf_model_type(config)
+    parts: dict[str, list[np.ndarray]] = {}
+    for p in parameters(config):
+        array = np.asarray(params[p.name])
+        parts.setdefault(p.hf, []).append(array.T if p.transposed else array)
+    # The table lists a tensor's parts in order, so concatenation is the inverse of the split.
+    return {name: np.ascontiguousarray(np.concatenate(arrays, axis=-1)) for name, arrays in parts.items()}
