@@ -172,6 +172,7 @@ LLAMA_STYLE: dict[str, Any] = {
     "mlp_bias": False,
 }
 """The fields in which Llama-class models differ from GPT-2."""
+QWEN2_STYLE: dict[str, Any] = LLAMA_STYLE | {"qkv_bias": True}
 
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": GPT2,
@@ -197,7 +198,7 @@ PRESETS: dict[str, ModelConfig] = {
         max_position_embeddings=256,
     ),
     "qwen2-0.5b": ModelConfig(
-        **(LLAMA_STYLE | {"qkv_bias": True}),
+        **QWEN2_STYLE,
         vocab_size=151936,
         hidden_size=896,
         intermediate_size=4864,

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from jaxgpt.config import ModelConfig
 
 INPUTS = ("ids", "positions", "slots", "key_slots", "segments", "key_segments")
-"""Values every forward starts from; see `jaxgpt.model.forward`."""
+"""Values every forward starts from: see `jaxgpt.model.run`. A cached one adds
+`cache.i.keys` and `cache.i.values`, one with dropout `rng`."""
 
 INTERNAL_TO_FUSED_ATTENTION = ("attn.scores", "attn.masked", "attn.weights")
 """Taps that do not exist when one kernel computes attention: only its boundary,
@@ -81,7 +82,7 @@ def embedding_ops(config: ModelConfig, wiring: Wiring) -> Iterator[Op]:
     else:
         yield Op("rope.angles", "angles", ("positions",))
     if wiring.dropout:
-        yield Op("embed.dropped", "embedding_dropout", (_embedded(config),))
+        yield Op("embed.dropped", "embedding_dropout", (_embedded(config), "rng"))
     yield Op("mask", "attention_mask", ("slots", "key_slots", "segments", "key_segments"))
 
 
@@ -129,7 +130,7 @@ def attention_ops(config: ModelConfig, layer: int, wiring: Wiring, stream: str) 
         weights = f"{attn}.weights"
         if wiring.dropout:
             weights = f"{attn}.weights_dropped"
-            yield Op(weights, "attention_dropout", (f"{attn}.weights",))
+            yield Op(weights, "attention_dropout", (f"{attn}.weights", "rng"))
         yield Op(f"{attn}.context", "context", (weights, v))
     yield Op(f"{attn}.merged", "merge_heads", (f"{attn}.context",))
     yield Op(f"{attn}.out", "projection", (f"{attn}.merged",), f"{attn}.out")
@@ -156,7 +157,7 @@ def mlp_ops(config: ModelConfig, layer: int, wiring: Wiring) -> Iterator[Op]:
 def residual_ops(tap: str, stream: str, branch: str, wiring: Wiring) -> Iterator[Op]:
     """`stream + dropout(branch)`."""
     if wiring.dropout:
-        yield Op(f"{branch}_dropped", "residual_dropout", (branch,))
+        yield Op(f"{branch}_dropped", "residual_dropout", (branch, "rng"))
         branch = f"{branch}_dropped"
     yield Op(tap, "add", (stream, branch))
 

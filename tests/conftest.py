@@ -1,0 +1,95 @@
+"""Shared by every test: run-time shape checks, adversarial tiny configs, random parameters."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+# The annotated shapes of the model are checked at every call in the tests.
+install_import_hook(["jaxgpt.model", "jaxgpt.cache", "jaxgpt.sampling"], "beartype.beartype")
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import weights
+from jaxgpt.config import LLAMA_STYLE, QWEN2_STYLE, ModelConfig, RopeScaling
+
+GPT2 = ModelConfig(
+    vocab_size=131,
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=9,
+    max_position_embeddings=96,
+)
+LLAMA = ModelConfig(
+    **LLAMA_STYLE,
+    vocab_size=131,
+    hidden_size=42,
+    intermediate_size=52,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=14,
+    max_position_embeddings=96,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
+"""All dimensions distinct, 1 < K < N, H is not D / N."""
+
+CONFIGS: dict[str, ModelConfig] = {
+    "gpt2": GPT2,
+    "gpt2-erf-untied": dataclasses.replace(GPT2, hidden_act="gelu", tie_word_embeddings=False),
+    "llama": LLAMA,
+    "llama-biased-tied": dataclasses.replace(
+        LLAMA, qkv_bias=True, attention_output_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama3-scaling": dataclasses.replace(
+        LLAMA, rope_theta=500.0, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    ),
+    "llama-linear-scaling": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 4.0)),
+    "qwen2": dataclasses.replace(LLAMA, **QWEN2_STYLE, hidden_size=56, num_attention_heads=4),
+    "qwen2-tied": dataclasses.replace(
+        LLAMA,
+        **QWEN2_STYLE,
+        hidden_size=48,
+        head_dim=8,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        rope_theta=1e6,
+    ),
+    "llama-square": dataclasses.replace(LLAMA, hidden_size=84),
+}
+"""Tiny and adversarial: a transposed, swapped or forgotten tensor cannot hide."""
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return CONFIGS[request.param]
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """Parameters of realistic scale in which nothing is zero, one or symmetric."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        if name.endswith("norm.weight"):
+            return 1.0 + 0.3 * noise
+        if name.endswith("bias"):
+            return 0.2 * noise
+        return noise * (0.3 if "embed" in name else shape[0] ** -0.5 if "kernel" in name else shape[1] ** -0.5)
+
+    return {p.name: jax.numpy.asarray(draw(p.name, p.shape)) for p in weights.parameters(config)}
+
+
+def random_ids(config: ModelConfig, batch: int, time: int, seed: int = 0) -> jax.Array:
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, time), dtype=np.int32)
+    return jax.numpy.asarray(ids)
