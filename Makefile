@@ -1,0 +1,91 @@
+# Every target works in a fresh clone. The first one installs into .venv, and does so
+# again only after pyproject.toml or constraints.txt has changed.
+
+# Any Python from 3.11 on.
+PYTHON ?= python3
+# What pip is asked for to get torch, which only the oracle and the tests need. On Linux
+# pip's default build of it brings gigabytes of CUDA libraries; PyTorch's own index has
+# a build without them:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# The tested versions; /dev/null takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# Test processes (0 runs the tests in pytest's own), and further arguments to pytest.
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-quick equivalence lint format bench clean
+
+help:
+	@echo "make demo         train, fine-tune, check and compare a small model from nothing (about 6 minutes)"
+	@echo "make test         the whole test suite (at most 10 minutes on two cores)"
+	@echo "make test-quick   without the slow tests (at most 3 minutes)"
+	@echo "make equivalence  JAX against PyTorch for both model families in fp32 and bf16; report in build/equivalence"
+	@echo "make lint         ruff and pyright"
+	@echo "make format       let ruff rewrite what it can"
+	@echo "make bench        decode and training speed"
+	@echo "make install      everything the other targets need, into $(VENV)"
+	@echo "make clean        remove caches and build output; keeps $(VENV), demo and runs"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' CONSTRAINTS=$(CONSTRAINTS) WORKERS=$(WORKERS) ARGS='$(ARGS)'"
+
+install: $(VENV)/installed-test
+
+demo: $(VENV)/installed-oracle
+	@$(BIN)/python scripts/demo.py
+
+test: $(VENV)/installed-test
+	@$(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/installed-test
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+equivalence: $(VENV)/installed-oracle
+	@$(BIN)/python -m oracle equivalence --out build/equivalence
+
+lint: $(VENV)/installed-test
+	@echo "ruff check"
+	@$(BIN)/ruff check --quiet .
+	@echo "ruff format --check"
+	@$(BIN)/ruff format --check --quiet .
+	@echo "pyright"
+	@$(BIN)/pyright
+
+format: $(VENV)/installed-test
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+bench: $(VENV)/installed-test
+	@$(BIN)/python scripts/bench_decode.py
+	@$(BIN)/python scripts/bench_train.py
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find jaxgpt torchref oracle scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 comes without ensurepip, which `venv` needs; then the outer pip fills the environment.
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old; jaxgpt needs 3.11 or newer: make PYTHON=python3.11" \
+		% sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python install --quiet pip; }
+	@touch $@
+
+# torch comes first and without its dependencies, so that an index named in TORCH serves torch alone.
+$(VENV)/installed-oracle: pyproject.toml $(CONSTRAINTS) | $(VENV)/made
+	@echo "installing torch"
+	@$(PIP) --no-deps $(TORCH)
+	@echo "installing jaxgpt"
+	@$(PIP) --editable '.[oracle]'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-oracle
+	@echo "installing the test tools"
+	@$(PIP) --editable '.[oracle,test]'
+	@touch $@
