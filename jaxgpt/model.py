@@ -415,16 +415,24 @@ def forward_cached(
     counts: Int[Array, "B"],
     cache: KVCache,
     *,
+    last_only: bool = False,
     replace: Replacements = UNCHANGED,
     feed: Mapping[str, Array] = UNCHANGED,
 ) -> tuple[Output, KVCache]:
     """Continue each row of the cache with the first `counts[b]` tokens of `ids[b]`; the rest is padding.
 
     The caller sees to it that `cache.lengths + counts <= cache.slots` and stays
-    inside the context; logits at padding are meaningless.
+    inside the context; logits at padding are meaningless. With `last_only` the
+    logits are (B, 1, V), of each row's last real token: a long prompt's other
+    logits would take more memory than the model.
     """
     ops = taps.ops(config, Wiring(cached=True))
-    values = run(config, params, ops, cached_inputs(config, ids, counts, cache), replace=replace, feed=feed)
+    values = cached_inputs(config, ids, counts, cache)
+    values = run(config, params, ops[:-1], values, replace=replace, feed=feed)
+    if last_only:
+        last = jnp.maximum(counts - 1, 0)[:, None, None]
+        values["final_norm"] = jnp.take_along_axis(values["final_norm"], last, axis=1)
+    values = run(config, params, ops[-1:], values, replace=replace, feed=feed)
     layers = range(config.num_hidden_layers)
     cache = KVCache(
         keys=tuple(values[f"layers.{i}.attn.keys"] for i in layers),
