@@ -1,16 +1,11 @@
-"""One decoder for GPT-2, Llama and Qwen2: pure ops, run in the order of `jaxgpt.taps`.
+"""One decoder for GPT-2, Llama and Qwen2: the ops of `jaxgpt.ops`, in the order of `jaxgpt.taps`.
 
-Read in this order: the ops (what is computed), `run` (how the table of ops becomes
-a model), `forward` and `forward_cached` (the two ways in), `Transformer` (the same
-parameters as a Flax module, which defines and initialises them).
-
-Every op is `op(config, parameters, *inputs) -> output`. Its compute dtype is that
-of the parameters it is given; norms, rotation, scores, softmax and logits are
-float32 inside whatever that dtype is.
+Read in this order: `run` (how the table of ops becomes a model), `forward` and
+`forward_cached` (the two ways in), `Transformer` (the same parameters as a Flax
+module, which defines and initialises them).
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,249 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxgpt import taps, weights
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
+from jaxgpt.ops import FUNCTIONS, OpFunction
 from jaxgpt.taps import Op, Wiring
 
 Params = Mapping[str, Array]
 """Flat parameters under the names of `jaxgpt.weights`."""
-Leaves = Mapping[str, Array]
-"""One module's parameters: `weight`, `kernel`, `bias`."""
-OpFunction = Callable[..., Array]
-
-MASKED = float(jnp.finfo(jnp.float32).min)
-"""Score of a position that may not be attended to; finite, so that no row is NaN."""
-
-# -- Embedding -------------------------------------------------------------------------
-
-
-def embed(config: ModelConfig, p: Leaves, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the embedding. An id outside it gives NaN, never another token's row."""
-    return p["weight"].at[ids].get(mode="fill", fill_value=jnp.nan)
-
-
-def angles(config: ModelConfig, p: Leaves, positions: Int[Array, "B T"]) -> Float[Array, "B T R"]:
-    """RoPE angles, position times frequency, R = H / 2 (Su et al. 2021, eq. 15)."""
-    return positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config), jnp.float32)
-
-
-def rope_frequencies(config: ModelConfig) -> list[float]:
-    """H / 2 angular frequencies, after linear or llama3 scaling (transformers' modeling_rope_utils)."""
-    half = config.head_dim // 2
-    plain = [config.rope_theta ** (-i / half) for i in range(half)]
-    scaling = config.rope_scaling
-    if scaling is None:
-        return plain
-    if scaling.rope_type == "linear":
-        return [f / scaling.factor for f in plain]
-    return [_llama3_frequency(f, config) for f in plain]
-
-
-def _llama3_frequency(frequency: float, config: ModelConfig) -> float:
-    """Fast frequencies stay, slow ones are divided, those between are blended (Llama 3.1)."""
-    s = config.rope_scaling
-    assert s is not None
-    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)
-    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    blend = min(max(blend, 0.0), 1.0)
-    return (1 - blend) * frequency / s.factor + blend * frequency
-
-
-def attention_mask(
-    config: ModelConfig,
-    p: Leaves,
-    slots: Int[Array, "B T"],
-    key_slots: Int[Array, "S"],
-    segments: Int[Array, "B T"] | None,
-    key_segments: Int[Array, "B S"] | None,
-) -> Bool[Array, "B 1 T S"]:
-    """True where a token may attend: not to a later slot, nor to another document."""
-    allowed = key_slots[None, None, :] <= slots[:, :, None]
-    if segments is not None and key_segments is not None:
-        allowed &= segments[:, :, None] == key_segments[:, None, :]
-    return allowed[:, None]
-
-
-# -- Norms and projections -------------------------------------------------------------
-
-
-def norm(config: ModelConfig, p: Leaves, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), in float32."""
-    wide = x.astype(jnp.float32)
-    if config.norm == "layernorm":
-        wide = wide - wide.mean(-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + config.rms_norm_eps)
-    wide = wide * scale * p["weight"].astype(jnp.float32)
-    if "bias" in p:
-        wide = wide + p["bias"].astype(jnp.float32)
-    return wide.astype(x.dtype)
-
-
-def projection(config: ModelConfig, p: Leaves, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-    """x @ kernel + bias; the kernel is (in, out)."""
-    y = x @ p["kernel"]
-    return y + p["bias"] if "bias" in p else y
-
-
-def head(config: ModelConfig, p: Leaves, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Logits in float32; `weight` is (V, D), so a tied head is the embedding itself."""
-    return jnp.einsum("btd,vd->btv", x, p["weight"], preferred_element_type=jnp.float32)
-
-
-# -- Attention -------------------------------------------------------------------------
-
-
-def _split_heads(x: Float[Array, "B T O"], heads: int) -> Float[Array, "B N T H"]:
-    batch, time, _ = x.shape
-    return x.reshape(batch, time, heads, -1).swapaxes(1, 2)
-
-
-def split_query_heads(config: ModelConfig, p: Leaves, x: Float[Array, "B T O"]) -> Float[Array, "B N T H"]:
-    """(B, T, N·H) to (B, N, T, H)."""
-    return _split_heads(x, config.num_attention_heads)
-
-
-def split_kv_heads(config: ModelConfig, p: Leaves, x: Float[Array, "B T O"]) -> Float[Array, "B K T H"]:
-    """(B, T, K·H) to (B, K, T, H)."""
-    return _split_heads(x, config.num_key_value_heads)
-
-
-def rope(
-    config: ModelConfig, p: Leaves, x: Float[Array, "B N T H"], angles: Float[Array, "B T R"]
-) -> Float[Array, "B N T H"]:
-    """Rotate pairs (i, i + H/2): the half-split convention of Hugging Face, not the interleaved one."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def store(
-    config: ModelConfig,
-    p: Leaves,
-    new: Float[Array, "B K T H"],
-    buffer: Float[Array, "B K S H"],
-    slots: Int[Array, "B T"],
-) -> Float[Array, "B K S H"]:
-    """Write each row's new keys or values into its slots; a slot outside the buffer is dropped."""
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    # Advanced indices around a slice put B and T first: (B, T, K, H).
-    return buffer.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop")
-
-
-def scores(
-    config: ModelConfig, p: Leaves, q: Float[Array, "B N T H"], k: Float[Array, "B K S H"]
-) -> Float[Array, "B N T S"]:
-    """q·k / sqrt(H) in float32 (Vaswani et al. 2017, eq. 1); query head n reads kv head n // (N // K)."""
-    batch, heads, time, width = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, time, width)  # (B, K, N/K, T, H)
-    product = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    return product.reshape(batch, heads, time, -1) * width**-0.5
-
-
-def mask(
-    config: ModelConfig, p: Leaves, scores: Float[Array, "B N T S"], allowed: Bool[Array, "B 1 T S"]
-) -> Float[Array, "B N T S"]:
-    """Scores, with MASKED where attention is not allowed."""
-    return jnp.where(allowed, scores, MASKED)
-
-
-def softmax(config: ModelConfig, p: Leaves, x: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
-    """Attention weights in float32."""
-    return jax.nn.softmax(x, axis=-1)
-
-
-def context(
-    config: ModelConfig, p: Leaves, weights: Float[Array, "B N T S"], v: Float[Array, "B K S H"]
-) -> Float[Array, "B N T H"]:
-    """Weighted sum of the values, in their dtype."""
-    batch, heads, time, source = weights.shape
-    grouped = weights.astype(v.dtype).reshape(batch, v.shape[1], -1, time, source)  # (B, K, N/K, T, S)
-    return jnp.einsum("bkgts,bksh->bkgth", grouped, v).reshape(batch, heads, time, -1)
-
-
-def fused_attention(
-    config: ModelConfig,
-    p: Leaves,
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    allowed: Bool[Array, "B 1 T S"],
-) -> Float[Array, "B N T H"]:
-    """scores, mask, softmax and context in one cuDNN kernel (bf16/fp16 on a GPU)."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # the kernel wants (B, T, N, H)
-    return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation="cudnn").swapaxes(1, 2)
-
-
-def merge_heads(config: ModelConfig, p: Leaves, x: Float[Array, "B N T H"]) -> Float[Array, "B T O"]:
-    """(B, N, T, H) to (B, T, N·H)."""
-    batch, _, time, _ = x.shape
-    return x.swapaxes(1, 2).reshape(batch, time, -1)
-
-
-# -- MLP and residual stream -----------------------------------------------------------
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-}
-
-
-def activation(config: ModelConfig, p: Leaves, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """GELU, tanh or exact (Hendrycks & Gimpel 2016), or SiLU; in float32."""
-    return _ACTIVATIONS[config.hidden_act](x.astype(jnp.float32)).astype(x.dtype)
-
-
-def gated_activation(
-    config: ModelConfig, p: Leaves, gate: Float[Array, "B T F"], up: Float[Array, "B T F"]
-) -> Float[Array, "B T F"]:
-    """act(gate) * up: SwiGLU (Shazeer 2020) when the activation is SiLU."""
-    return activation(config, p, gate) * up
-
-
-def add(config: ModelConfig, p: Leaves, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The residual stream plus a branch."""
-    return x + y
-
-
-def _dropout(rate_field: str) -> OpFunction:
-    def dropout(config: ModelConfig, p: Leaves, x: Float[Array, "*S"], rng: Key[Array, ""]) -> Float[Array, "*S"]:
-        """Zero entries with the config's rate and scale the rest up (Srivastava et al. 2014)."""
-        keep = 1.0 - getattr(config, rate_field)
-        return jnp.where(jax.random.bernoulli(rng, keep, x.shape), x / keep, 0).astype(x.dtype)
-
-    return dropout
-
-
-FUNCTIONS: Mapping[str, OpFunction] = {
-    "embed": embed,
-    "angles": angles,
-    "attention_mask": attention_mask,
-    "norm": norm,
-    "projection": projection,
-    "split_query_heads": split_query_heads,
-    "split_kv_heads": split_kv_heads,
-    "rope": rope,
-    "store": store,
-    "scores": scores,
-    "mask": mask,
-    "softmax": softmax,
-    "context": context,
-    "fused_attention": fused_attention,
-    "merge_heads": merge_heads,
-    "activation": activation,
-    "gated_activation": gated_activation,
-    "add": add,
-    "head": head,
-    "embedding_dropout": _dropout("embd_pdrop"),
-    "attention_dropout": _dropout("attn_pdrop"),
-    "residual_dropout": _dropout("resid_pdrop"),
-}
-"""The ops by the name the table gives them."""
-
 # -- From table to model ---------------------------------------------------------------
 
 Values = dict[str, Any]

@@ -1,7 +1,7 @@
 """Tap names of a config, in execution order: the model's wiring as a table.
 
 A model is the list of its ops. Each op is one pure function (by name, in
-`jaxgpt.model.FUNCTIONS`), reads named values and writes one tap, so the same
+`jaxgpt.ops.FUNCTIONS`), reads named values and writes one tap, so the same
 table runs the model, tells the oracle what to compare and in which order, and
 lets it run, feed or replace any single op.
 
@@ -43,7 +43,7 @@ class Op:
     tap: str
     """Name of the output, e.g. `layers.0.attn.q_rope`."""
     function: str
-    """Key of the pure function in `jaxgpt.model.FUNCTIONS`."""
+    """Key of the pure function in `jaxgpt.ops.FUNCTIONS`."""
     inputs: tuple[str, ...]
     """Names of earlier taps, or of model inputs, in argument order."""
     parameters: str = ""

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 # The annotated shapes of the model are checked at every call in the tests.
-install_import_hook(["jaxgpt.model", "jaxgpt.cache", "jaxgpt.sampling"], "beartype.beartype")
+install_import_hook(["jaxgpt.ops", "jaxgpt.model", "jaxgpt.cache", "jaxgpt.sampling"], "beartype.beartype")
 
 import dataclasses
 

@@ -1,0 +1,236 @@
+"""The Python API: `lm = jaxgpt.load(DIR)`, then `lm.logits(ids)` and `lm.generate(prompts)`."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxgpt import chat, generate, model
+from jaxgpt.chat import Message, Template
+from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.config import ModelConfig
+from jaxgpt.device import use
+from jaxgpt.errors import InputError
+from jaxgpt.settings import GenerationSettings
+from jaxgpt.text_stream import TextStream
+from jaxgpt.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text (encoded as ordinary text), token ids, or messages (rendered by the chat template)."""
+StopReason = Literal["stop_token", "stop_text", "length"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model added to a prompt."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    """Generated ids, a stop token included."""
+    text: str
+    """Without special tokens, and without the stop text."""
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a completion while it is being generated."""
+
+    text: str
+    ids: list[int]
+    """The new ids since the last piece; their text may still be held back."""
+    stop_reason: StopReason | None = None
+    """Set on the last piece."""
+
+
+class LM:
+    """A loaded model with its tokenizer and chat template, on the device, in its compute dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, *, compute_dtype: str | None = None):
+        """`compute_dtype` overrides the one the checkpoint was last trained in."""
+        self.config: ModelConfig = checkpoint.config
+        self.tokenizer: Tokenizer | None = checkpoint.tokenizer
+        self.template: Template | None = checkpoint.template
+        self.stage: str = checkpoint.stage
+        self.compute_dtype: str = compute_dtype or checkpoint.compute_dtype
+        self.params = model.cast(checkpoint.params, self.compute_dtype)
+        self.stop_ids = self._stop_ids(checkpoint)
+        self.real_ids = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+        self.generator = generate.Generator(
+            self.config, self.params, real_ids=self.real_ids, stop_ids=self.stop_ids, dtype=self.compute_dtype
+        )
+
+    def _stop_ids(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Every end the tokenizer and the generation config name; never a literal id."""
+        own = self.tokenizer.stop_ids if self.tokenizer else ()
+        return tuple(sorted({*own, *checkpoint.eos_token_ids}))
+
+    def logits(self, ids: Any) -> Float[np.ndarray, "B T V"]:
+        """Logits of whole sequences.
+
+        Args:
+            ids: (B, T) ints, each in [0, V).
+
+        Raises:
+            InputError: another shape, an id outside the vocabulary, or T beyond the context.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or not array.size:
+            raise InputError(f"ids must be (B, T) integers, got {array.dtype} of shape {array.shape}")
+        self._check_range(array)
+        if array.shape[1] > self.config.max_position_embeddings:
+            raise InputError(f"{array.shape[1]:,} tokens; the context holds {self.config.max_position_embeddings:,}")
+        return np.asarray(_logits(self.config, self.params, jnp.asarray(array, jnp.int32)), np.float32)
+
+    def _check_range(self, ids: np.ndarray) -> None:
+        outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if outside.size:
+            raise InputError(f"token {outside[0]} outside vocabulary 0–{self.config.vocab_size - 1}")
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt as ids: text is ordinary text, messages go through the template.
+
+        Raises:
+            InputError: text or messages without a tokenizer, messages without a template, or no prompt at all.
+        """
+        if isinstance(prompt, str):
+            tokenizer = self._tokenizer("a text prompt")
+            # Training text starts after an end of text; so does an empty prompt.
+            return tokenizer.encode(prompt) or [tokenizer.special("end_of_text").id]
+        if prompt and isinstance(prompt[0], dict):
+            if self.template is None:
+                raise InputError("the checkpoint has no chat template; give text or ids instead of messages")
+            tokenizer = self._tokenizer("a conversation")
+            messages: Any = prompt
+            return chat.render(messages, tokenizer, self.template, generation_prompt=True).ids
+        ids: Any = prompt
+        return [int(i) for i in ids]
+
+    def _tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(f"the checkpoint has no tokenizer, so {what} cannot be encoded; give token ids")
+        return self.tokenizer
+
+    def _settings(self, changes: dict[str, Any]) -> GenerationSettings:
+        stops = tuple(changes.pop("stop", ())) + (self.template.stop_strings if self.template else ())
+        try:
+            return GenerationSettings(stop=stops, **changes)
+        except TypeError as error:
+            known = ", ".join(field.name for field in dataclasses.fields(GenerationSettings))
+            raise InputError(f"{error}; generate takes {known}") from error
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
+        """Complete a batch of prompts; prompts of different lengths do not influence each other.
+
+        Args:
+            prompts: one prompt or a list of them; see `Prompt`.
+            settings: fields of `GenerationSettings`: max_new_tokens, temperature, top_k, top_p, seed, stop.
+
+        Raises:
+            InputError: a bad setting, a prompt that cannot be encoded, or one that would outgrow the context.
+        """
+        chosen = self._settings(settings)
+        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        rows = [generate.Row(ids, chosen.max_new_tokens, chosen.seed) for ids in encoded]
+        replies = [Reply(self.tokenizer, chosen.stop, self.stop_ids) for _ in rows]
+        for chunk in self.generator.stream(rows, chosen):
+            for reply, ids in zip(replies, chunk, strict=True):
+                reply.push(ids)
+            if all(reply.ended for reply in replies):
+                break
+        return [
+            Completion(ids, reply.ids, reply.text + reply.finish(), reply.reason)
+            for ids, reply in zip(encoded, replies, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, *, chunk: int = 4, **settings: Any) -> Iterator[Piece]:
+        """Complete one prompt, piece by piece, as it is generated; see `generate`.
+
+        `chunk` is the number of tokens between two pieces; the first comes alone.
+        """
+        chosen = self._settings(settings)
+        row = generate.Row(self.encode(prompt), chosen.max_new_tokens, chosen.seed)
+        reply = Reply(self.tokenizer, chosen.stop, self.stop_ids)
+        yield from reply.pieces(self.generator.stream([row], chosen, chunk))
+
+
+class Reply:
+    """Ids becoming text: decodes, finds stop texts, knows why generation ended."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], stop_ids: Sequence[int]):
+        self.ids: list[int] = []
+        self.text = ""
+        self._stream = TextStream(tokenizer, stop) if tokenizer else None
+        self._stop_ids = frozenset(stop_ids)
+
+    @property
+    def ended(self) -> bool:
+        """A stop token or stop text was seen."""
+        return self.reason != "length"
+
+    @property
+    def reason(self) -> StopReason:
+        """Why generation ended, or would if it ended now."""
+        if self._stream and self._stream.stopped is not None:
+            return "stop_text"
+        return "stop_token" if self.ids and self.ids[-1] in self._stop_ids else "length"
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take new ids until the end; the text that is safe to print now."""
+        new = ""
+        for i in ids:
+            if self.ended:
+                break
+            self.ids.append(i)
+            new += self._stream.push(i) if self._stream else ""
+        self.text += new
+        return new
+
+    def finish(self) -> str:
+        """Text that was held back."""
+        return self._stream.finish() if self._stream else ""
+
+    def pieces(self, chunks: Iterator[list[list[int]]]) -> Iterator[Piece]:
+        """The pieces of a batch of one."""
+        for (ids,) in chunks:
+            before = len(self.ids)
+            text = self.push(ids)
+            yield Piece(text, self.ids[before:])
+            if self.ended:
+                break
+        yield Piece(self.finish(), [], self.reason)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt (text, ids or messages) as a list of one."""
+    if isinstance(prompts, str) or not len(prompts):
+        return [prompts]
+    return [prompts] if isinstance(prompts[0], int | np.integer | dict) else list(prompts)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: model.Params, ids: jax.Array) -> jax.Array:
+    return model.forward(config, params, ids).logits
+
+
+def load(directory: str, *, device: str = "auto", compute_dtype: str | None = None) -> LM:
+    """Load a checkpoint folder for inference; its weights, architecture and tokenizer are verified first.
+
+    Args:
+        directory: a run folder (its newest step is taken) or one step folder.
+        device: "auto", "cpu" or "gpu"; a device that is asked for and missing is an error.
+        compute_dtype: "float32", "bfloat16" or "float16" instead of the one recorded in the checkpoint.
+
+    Raises:
+        InputError: no checkpoint there, or one that fails a check; nothing loads silently wrong.
+    """
+    from jaxgpt import checkpoint
+
+    use(device)
+    return LM(checkpoint.load(directory), compute_dtype=compute_dtype)
