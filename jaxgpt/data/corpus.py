@@ -1,0 +1,97 @@
+"""The documents of several sources, each with its split, cut into pieces for encoding."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxgpt.data.sources import Document, Skipped, files, read
+
+PIECE = 2**18
+"""Characters after which a long document is cut for encoding; its ids stay the same."""
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of several sources and the split each belongs to."""
+
+    sources: tuple[str | Path, ...]
+    val_fraction: float
+
+    def documents(self) -> Iterator[tuple[Split, Document] | Skipped]:
+        """Every document in order, and what was skipped."""
+        found = [file for source in self.sources for file in files(source)]
+        only_one_text = len(found) == 1 and found[0].path.suffix != ".jsonl"
+        for file in found:
+            for item in read(file):
+                if isinstance(item, Skipped):
+                    yield item
+                elif only_one_text and self.val_fraction:
+                    yield from self._tail_held_out(item)
+                else:
+                    yield ("val" if _is_held_out(item.name, self.val_fraction) else "train"), item
+
+    def _tail_held_out(self, document: Document) -> Iterator[tuple[Split, Document]]:
+        text = document.text
+        middle = int(len(text) * (1.0 - self.val_fraction))
+        # At the end of a line, unless that would change the fraction much.
+        at = text.rfind("\n", middle - middle // 10, middle) + 1 or middle
+        parts: tuple[tuple[Split, str], ...] = (("train", text[:at]), ("val", text[at:]))
+        yield from ((split, Document(document.name, part)) for split, part in parts if part)
+
+
+def _is_held_out(name: str, fraction: float) -> bool:
+    digest = hashlib.sha256(name_bytes(name)).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def name_bytes(name: str) -> bytes:
+    """A document's name as bytes; a file's name may hold some that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, encoded by itself."""
+
+    position: tuple[int, int]
+    """(number of the document, number of the piece in it)."""
+    split: Split
+    text: str
+    is_last: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its document begins with it."""
+        return self.position[1] == 0
+
+
+# Pre-tokenizers (GPT-2's, Llama's, Qwen's, characters) always separate here, so that
+# the ids of the pieces are the ids of the whole.
+_SAFE_CUT = re.compile(r"(?<=\S)(?= \S)")
+
+
+def cut(text: str, size: int = PIECE) -> Iterator[str]:
+    """Pieces of at least `size` characters whose ids, joined, are the ids of `text`."""
+    start = 0
+    while match := _SAFE_CUT.search(text, start + size):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def pieces_of(corpus: Corpus) -> Iterator[Piece]:
+    """All pieces of all documents, in order."""
+    number = 0
+    for item in corpus.documents():
+        if isinstance(item, Skipped):
+            continue
+        split, document = item
+        texts = list(cut(document.text))
+        for i, text in enumerate(texts):
+            yield Piece((number, i), split, text, i == len(texts) - 1)
+        number += 1

@@ -1,0 +1,315 @@
+"""From documents to token shards, in parallel and resumable.
+
+The bytes written depend on the documents, the tokenizer, the shard size and the
+held-out fraction only: not on the number of workers, and not on how often the
+encode was interrupted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxgpt.data.corpus import PIECE, Corpus, Piece, name_bytes, pieces_of
+from jaxgpt.data.shard_writer import PARTIAL, ShardWriter, as_json, write
+from jaxgpt.data.shards import FORMAT, INDEX, SPLITS, VERSION, TokenShards, read_index
+from jaxgpt.data.sources import STDLIB, Skipped
+from jaxgpt.data.statistics import Statistics, judge, measure, unknown_ids
+from jaxgpt.errors import InputError, first
+from jaxgpt.tokenizer import Tokenizer
+
+SAMPLE_DOCUMENTS = 100
+SAMPLE_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an encode is."""
+
+    stage: Literal["reading", "encoding"]
+    done: int
+    """Characters."""
+    total: int
+    """Characters; 0 while they are being counted."""
+    tokens: int
+    sample: Statistics | None
+    """The judged first documents; None while reading."""
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What an encode has written."""
+
+    folder: Path
+    index: dict[str, Any]
+    """The content of index.json."""
+    statistics: Statistics
+    """Of all tokens of both splits."""
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{name} {part['tokens']:,}" for name, part in self.index["splits"].items())
+        skipped: dict[str, Any] = self.index["skipped"]
+        lost = f"; skipped {skipped['count']:,} without text: {skipped['shown']}" if skipped["count"] else ""
+        return f"{self.statistics} ({splits} tokens){lost}"
+
+
+def encode(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    shard_tokens: int = 10_000_000,
+    val_fraction: float = 0.0,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    accept: bool = False,
+) -> EncodeReport:
+    """Encode the documents of `sources` into shards of about `shard_tokens` in `out`.
+
+    The held-out split takes the documents whose name hashes below `val_fraction`;
+    of one single text file it takes the last `val_fraction`. An interrupted encode
+    is continued by the same call; a finished one is returned as it is.
+
+    Raises:
+        InputError: before anything is written: a source cannot be read, a row is
+            malformed, a split would be empty, the first 100 documents or 32 K
+            tokens look broken (unless `accept`), or `out` holds something else.
+            Later: the disk is full.
+    """
+    out = Path(out)
+    if shard_tokens < 1 or not 0.0 <= val_fraction < 1.0:
+        raise InputError(f"expected shard_tokens >= 1 and 0 <= val_fraction < 1, got {shard_tokens} and {val_fraction}")
+    _refuse_out_inside_source(sources, out)
+    report = progress or (lambda _: None)
+    corpus = Corpus(tuple(sources), val_fraction)
+    survey = _survey(corpus, report)
+    plan = {
+        "sources": survey.sha256,
+        "tokenizer": hashlib.sha256(json.dumps(tokenizer.state(), sort_keys=True).encode()).hexdigest(),
+        "shard_tokens": shard_tokens,
+        "val_fraction": val_fraction,
+    }
+    if _is_finished(out, plan):
+        return _report(out)
+    sample = _sample(corpus, tokenizer)
+    judge(sample, f"first {sample.documents} documents of {survey.documents}", accept=accept)
+    _begin(out, plan)
+    writers = {split: ShardWriter(out, split, shard_tokens, _dtype(tokenizer)) for split in SPLITS}
+    _encode_all(corpus, survey, sample, tokenizer, writers, workers or _cores(), report)
+    for writer in writers.values():
+        writer.flush()
+    _finish(out, plan, survey, tokenizer, writers)
+    return _report(out)
+
+
+# -- Before anything is written ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Survey:
+    documents: int
+    characters: int
+    skipped: tuple[Skipped, ...]
+    sha256: str
+    """Over names, splits and texts."""
+
+
+def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
+    """Read everything once: a malformed last row must not surface after hours of encoding."""
+    digest = hashlib.sha256()
+    counts = dict.fromkeys(SPLITS, 0)
+    characters = 0
+    skipped: list[Skipped] = []
+    for item in corpus.documents():
+        if isinstance(item, Skipped):
+            skipped.append(item)
+            continue
+        split, document = item
+        text = document.text.encode()
+        digest.update(f"{split} {len(text)} ".encode() + name_bytes(document.name) + b"\0")
+        digest.update(text)
+        counts[split] += 1
+        characters += len(document.text)
+        report(Progress("reading", characters, 0, 0, None))
+    total = sum(counts.values())
+    if not total:
+        raise InputError(f"no text in {first([str(s) for s in corpus.sources])}; give files with UTF-8 text")
+    if not counts["train"] or (corpus.val_fraction and not counts["val"]):
+        lacks = "val" if counts["train"] else "train"
+        raise InputError(
+            f"val_fraction {corpus.val_fraction:g} of {total} documents leaves none for {lacks}; "
+            "choose another fraction or give more documents"
+        )
+    return _Survey(total, characters, tuple(skipped), digest.hexdigest())
+
+
+def _sample(corpus: Corpus, tokenizer: Tokenizer) -> Statistics:
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    documents = 0
+    for piece in pieces_of(corpus):
+        if counts.sum() >= SAMPLE_TOKENS or (piece.is_first and documents == SAMPLE_DOCUMENTS):
+            break
+        documents += piece.is_first
+        counts += np.bincount(_ids(piece, tokenizer, np.dtype("<u4")), minlength=len(counts))
+    return measure(counts, documents, unknown_ids(tokenizer))
+
+
+def _refuse_out_inside_source(sources: Sequence[str | Path], out: Path) -> None:
+    for source in sources:
+        if source != STDLIB and out.resolve().is_relative_to(Path(source).resolve()):
+            raise InputError(f"the output {out} lies inside the source {source}; choose a folder outside it")
+
+
+def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether `out` already holds this encode; refuse anything that is not it or its beginning."""
+    if (out / INDEX).exists():
+        _refuse_other_plan(out, read_index(out)["plan"], plan)
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        return True
+    if (out / PARTIAL / "plan.json").exists():
+        _refuse_other_plan(out, json.loads((out / PARTIAL / "plan.json").read_text("utf-8")), plan)
+    elif out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
+        raise InputError(f"{out} is not empty and holds no encoded text; choose a new folder")
+    return False
+
+
+def _refuse_other_plan(out: Path, found: dict[str, Any], plan: dict[str, Any]) -> None:
+    changed = [key for key in plan if found.get(key) != plan[key]]
+    if changed:
+        raise InputError(f"{out} holds an encode with other {first(changed)}; remove it or choose another folder")
+
+
+# -- Encoding ------------------------------------------------------------------------
+
+
+def _ids(piece: Piece, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> np.ndarray:
+    end = [tokenizer.special("end_of_text").id] if piece.is_last else []
+    return np.asarray([*tokenizer.encode(piece.text), *end], dtype)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype("<u2" if tokenizer.model_vocab_size < 65536 else "<u4")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _encode_all(
+    corpus: Corpus,
+    survey: _Survey,
+    sample: Statistics,
+    tokenizer: Tokenizer,
+    writers: "dict[str, ShardWriter]",
+    workers: int,
+    report: Callable[[Progress], None],
+) -> None:
+    done = 0
+    tokens = sum(shard["tokens"] for writer in writers.values() for shard in writer.shards)
+
+    def todo() -> Iterator[Piece]:
+        nonlocal done
+        for piece in pieces_of(corpus):
+            if piece.position < writers[piece.split].resume_at:
+                done += len(piece.text)
+            else:
+                yield piece
+
+    dtype = _dtype(tokenizer)
+    for pieces, arrays in _in_parallel(_jobs(todo()), lambda piece: _ids(piece, tokenizer, dtype), workers):
+        for piece, ids in zip(pieces, arrays, strict=True):
+            writers[piece.split].add(piece, ids)
+            done += len(piece.text)
+            tokens += len(ids)
+        report(Progress("encoding", done, survey.characters, tokens, sample))
+
+
+def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Small documents together, so that handing them to a worker costs nothing."""
+    job: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        job.append(piece)
+        size += len(piece.text)
+        if size >= PIECE:
+            yield job
+            job, size = [], 0
+    if job:
+        yield job
+
+
+def _in_parallel(
+    jobs: Iterator[list[Piece]], work: Callable[[Piece], np.ndarray], workers: int
+) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+    """Jobs and their results, in order.
+
+    Threads, because BPE runs in native code without the interpreter's lock.
+    """
+    pending: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for job in jobs:
+            pending.append((job, pool.submit(lambda job=job: [work(piece) for piece in job])))
+            if len(pending) > 2 * workers:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> None:
+    (out / PARTIAL).mkdir(parents=True, exist_ok=True)
+    write(out / PARTIAL / "plan.json", as_json(plan))
+
+
+def _finish(
+    out: Path, plan: dict[str, Any], survey: _Survey, tokenizer: Tokenizer, writers: dict[str, ShardWriter]
+) -> None:
+    splits = {
+        split: {
+            "tokens": sum(shard["tokens"] for shard in writer.shards),
+            "documents": sum(shard["documents"] for shard in writer.shards),
+            "shards": writer.shards,
+        }
+        for split, writer in writers.items()
+    }
+    statistics = _statistics_of_files(out, splits, tokenizer)
+    skipped = [f"{item.name} ({item.reason})" for item in survey.skipped]
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": _dtype(tokenizer).str,
+        "vocab_size": tokenizer.vocab_size,
+        "model_vocab_size": tokenizer.model_vocab_size,
+        "statistics": statistics.to_dict(),
+        "skipped": {"count": len(skipped), "shown": first(skipped)},
+        "plan": plan,
+        "splits": splits,
+        "tokenizer": tokenizer.state(),
+    }
+    write(out / INDEX, as_json(index))
+    shutil.rmtree(out / PARTIAL)
+
+
+def _statistics_of_files(out: Path, splits: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Statistics:
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for split in splits.values():
+        for shard in split["shards"]:
+            ids = np.memmap(out / shard["file"], _dtype(tokenizer), mode="r")
+            counts += np.bincount(ids, minlength=len(counts))
+    return measure(counts, sum(split["documents"] for split in splits.values()), unknown_ids(tokenizer))
+
+
+def _report(out: Path) -> EncodeReport:
+    index = read_index(out)
+    for split in SPLITS:
+        if index["splits"][split]["shards"]:
+            TokenShards(out, split)  # sizes
+    return EncodeReport(out, index, Statistics(**index["statistics"]))
