@@ -1,0 +1,136 @@
+"""The model under test: a config, its parameters, and how its ops and decoding run.
+
+Everything a fault can be planted in is a field, so that tests and the measured
+fault catalogue can put a wrong parameter, a wrong op or a wrong decode step into an
+otherwise true model, in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt import cache as kv
+from jaxgpt import model
+from jaxgpt.cache import KVCache
+from jaxgpt.config import ModelConfig
+from jaxgpt.generate import Generator, Row
+from jaxgpt.ops import FUNCTIONS, OpFunction
+from jaxgpt.settings import GenerationSettings
+from jaxgpt.taps import Op, Wiring, ops
+
+Step = Callable[..., tuple[model.Output, KVCache]]
+"""Signature of `jaxgpt.model.forward_cached`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A JAX model as it would be used."""
+
+    config: ModelConfig
+    stored: Mapping[str, Any]
+    """Parameters as the checkpoint stores them."""
+    dtype: str
+    """Compute dtype: `float32` or `bfloat16`."""
+    replace: Mapping[str, OpFunction] = field(default_factory=lambda: model.UNCHANGED)
+    """Ops to run instead of the model's own, by tap or by function."""
+    step: Step = model.forward_cached
+    """One cached forward: prefill, or a decode step."""
+    real_ids: int | None = None
+    """Ids from here on are padding of the vocabulary; None if all are real."""
+
+    @cached_property
+    def params(self) -> dict[str, jax.Array]:
+        """Parameters in the compute dtype."""
+        return model.cast({name: jnp.asarray(array) for name, array in self.stored.items()}, self.dtype)
+
+    @property
+    def is_altered(self) -> bool:
+        """An op or the decode step is not the model's own."""
+        return bool(self.replace) or self.step is not model.forward_cached
+
+    def forward(self, ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> dict[str, jax.Array]:
+        """All taps of one free-running forward, in execution order."""
+        # The output of a jitted function is a sorted dict; order is that of the table.
+        taps = self._forward(self.params, jnp.asarray(ids), jnp.asarray(positions), jnp.asarray(segments))
+        return {op.tap: taps[op.tap] for op in ops(self.config)}
+
+    @cached_property
+    def _forward(self) -> Callable[..., dict[str, jax.Array]]:
+        def forward(params: model.Params, ids: Any, positions: Any, segments: Any) -> dict[str, jax.Array]:
+            given = {"positions": positions, "segments": segments, "replace": self.replace}
+            return model.forward(self.config, params, ids, **given).taps
+
+        return jax.jit(forward)
+
+    def dtypes(self, ids: np.ndarray) -> dict[str, np.dtype]:
+        """The dtype of every tap, without computing any."""
+        whole = np.zeros_like(ids)
+        shapes = jax.eval_shape(self._forward, self.params, ids, whole, whole)
+        return {tap: shape.dtype for tap, shape in shapes.items()}
+
+    def run_op(self, op: Op, inputs: Sequence[np.ndarray]) -> jax.Array:
+        """One op with this model's parameters on given inputs."""
+        function = self.replace.get(op.tap) or self.replace.get(op.function) or FUNCTIONS[op.function]
+        parameters = model.leaves(self.params, op.parameters) if op.parameters else {}
+        return _jitted(function)(self.config, parameters, *map(jnp.asarray, inputs))
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache with room for `slots` tokens a row."""
+        return kv.empty(self.config, batch, kv.bucket(slots), self.dtype)
+
+    def advance(self, ids: np.ndarray, counts: np.ndarray, cache: KVCache) -> tuple[dict[str, jax.Array], KVCache]:
+        """All taps of one cached forward, and the cache after it."""
+        taps, cache = self._advance(self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
+        return {op.tap: taps[op.tap] for op in ops(self.config, Wiring(cached=True))}, cache
+
+    @cached_property
+    def _advance(self) -> Callable[..., tuple[dict[str, jax.Array], KVCache]]:
+        def advance(params: model.Params, ids: Any, counts: Any, cache: KVCache) -> Any:
+            output, cache = self.step(self.config, params, ids, counts, cache, replace=self.replace)
+            return output.taps, cache
+
+        return jax.jit(advance)
+
+    def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:
+        """Each prompt's most likely continuation: through the real generator unless the model is altered."""
+        if self.is_altered:
+            return self._greedy_by_steps(prompts, new_tokens)
+        real = self.config.vocab_size if self.real_ids is None else self.real_ids
+        generator = Generator(self.config, self.params, real_ids=real, stop_ids=(), dtype=jnp.dtype(self.dtype))
+        rows = [Row(list(ids), count, 0) for ids, count in zip(prompts, new_tokens, strict=True)]
+        tokens: list[list[int]] = [[] for _ in rows]
+        for chunk in generator.stream(rows, GenerationSettings(temperature=0.0)):
+            for row, new in zip(tokens, chunk, strict=True):
+                row.extend(new)
+        return tokens
+
+    def _greedy_by_steps(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:
+        counts = np.array([len(prompt) for prompt in prompts], np.int32)
+        ids = right_padded(prompts)
+        cache = self.empty_cache(len(prompts), int((counts + np.array(new_tokens)).max()))
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for _ in range(max(new_tokens)):
+            taps, cache = self.advance(ids, counts, cache)
+            last = np.asarray(taps["logits"])[np.arange(len(prompts)), counts - 1, : self.real_ids]
+            ids, counts = last.argmax(-1).astype(np.int32)[:, None], np.ones_like(counts)
+            for row, new in zip(tokens, ids[:, 0], strict=True):
+                row.append(int(new))
+        return [row[:count] for row, count in zip(tokens, new_tokens, strict=True)]
+
+
+@cache
+def _jitted(function: OpFunction) -> Callable[..., jax.Array]:
+    # One compilation per op function and shape: layers share it.
+    return jax.jit(function, static_argnums=0)
+
+
+def right_padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of ids as one int32 array, zeros after each row's end."""
+    width = max(len(row) for row in rows)
+    return np.array([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
+

@@ -1,0 +1,182 @@
+"""How large a difference is, in multiples of measured noise.
+
+Truth is the reference in float64; the peer is the reference in the candidate's
+dtype, so its distance from the truth is what rounding costs an honest
+implementation. The candidate's distance is divided by it, with a floor of one ulp
+at the tensor's scale for tensors that the peer happens to hit exactly.
+
+Two ratios are formed and neither rescues the other: over the whole tensor, and at
+the worst position, where each row (last axis) is measured at its own scale so that
+a small row beside large ones is not forgiven. Their limits come from clean runs
+(`oracle/calibration.json`, written by `python -m oracle calibrate`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oracle.results import Inconclusive
+
+CALIBRATION = Path(__file__).with_name("calibration.json")
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
+"""Distance from 1 to the next number."""
+CHUNK = 1 << 22
+"""Elements handled at once in float64, which bounds the memory of large tensors."""
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """One measured difference."""
+
+    error: float
+    """‖candidate − truth‖ / ‖truth‖."""
+    aggregate: float
+    worst: float
+    problem: str = ""
+
+
+@dataclass
+class _Sums:
+    truth: float = 0.0
+    candidate: float = 0.0
+    peer: float = 0.0
+    candidate_worst: float = 0.0
+    peer_worst: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Candidate, truth and peer of one piece of a tensor, of equal shape."""
+
+
+def ratios(pieces: Sequence[Triple], epsilon: float) -> Ratios:
+    """Compare a tensor given in pieces (for example the rows of a ragged batch).
+
+    `epsilon` is that of the candidate's dtype. A value that is not finite on any
+    side is a problem, whatever the others say.
+    """
+    peak = max((float(np.abs(truth).max()) for _, truth, _ in pieces if truth.size), default=0.0)
+    sums = _Sums()
+    for piece in pieces:
+        for chunk in _chunks(piece):
+            _accumulate(sums, chunk, smallest=epsilon * peak)
+    if sums.problems:
+        return Ratios(float("inf"), float("inf"), float("inf"), sums.problems[0])
+    norm = sums.truth**0.5
+    return Ratios(
+        error=_quotient(sums.candidate**0.5, norm),
+        aggregate=_quotient(sums.candidate**0.5, max(sums.peer**0.5, epsilon * norm)),
+        worst=_quotient(sums.candidate_worst, max(sums.peer_worst, epsilon)),
+    )
+
+
+def _quotient(value: float, by: float) -> float:
+    return value / by if by else (0.0 if value == 0.0 else float("inf"))
+
+
+def _chunks(piece: Triple) -> Iterator[Triple]:
+    width = piece[1].shape[-1]
+    candidate, truth, peer = (array.reshape(-1, width) for array in piece)
+    rows = max(1, CHUNK // max(1, width))
+    for start in range(0, len(truth), rows):
+        part = slice(start, start + rows)
+        yield candidate[part], truth[part], peer[part]
+
+
+def _accumulate(sums: _Sums, chunk: Triple, smallest: float) -> None:
+    candidate, truth, peer = (array.astype(np.float64) for array in chunk)
+    for side, array in (("candidate", candidate), ("reference in float64", truth), ("reference", peer)):
+        if not np.isfinite(array).all():
+            sums.problems.append(f"the {side} has NaN or infinite values")
+    if sums.problems:
+        return
+    scale = np.maximum(np.abs(truth).max(axis=-1, keepdims=True), max(smallest, np.finfo(np.float64).tiny))
+    candidate, peer = np.abs(candidate - truth), np.abs(peer - truth)
+    sums.truth += float(np.square(truth).sum())
+    sums.candidate += float(np.square(candidate).sum())
+    sums.peer += float(np.square(peer).sum())
+    sums.candidate_worst = max(sums.candidate_worst, float((candidate / scale).max()))
+    sums.peer_worst = max(sums.peer_worst, float((peer / scale).max()))
+
+
+def kl_ratios(pieces: Sequence[Triple], epsilon: float) -> tuple[Ratios, float]:
+    """Per-token KL(truth ‖ ·) of logits, and its largest value in nats.
+
+    KL grows with the square of the error, so the ratios are of its square root: the
+    mean over tokens, and the worst token. The floor is one ulp at the logits' scale.
+    """
+    candidate = np.concatenate([_divergences(truth, logits) for logits, truth, _ in pieces])
+    peer = np.concatenate([_divergences(truth, logits) for _, truth, logits in pieces])
+    scale = max(float(np.abs(truth).max()) for _, truth, _ in pieces)
+    floor = (epsilon * scale) ** 2
+    largest = float(candidate.max())
+    if not np.isfinite(candidate).all():
+        return Ratios(float("inf"), float("inf"), float("inf"), "KL is not finite"), largest
+    aggregate = float(candidate.mean()) / max(float(peer.mean()), floor)
+    worst = largest / max(float(peer.max()), floor)
+    return Ratios(largest, aggregate**0.5, worst**0.5), largest
+
+
+def _divergences(truth: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    width = truth.shape[-1]
+    truth, logits = truth.reshape(-1, width), logits.reshape(-1, width)
+    rows = max(1, CHUNK // width)
+    parts = [_kl(truth[i : i + rows], logits[i : i + rows]) for i in range(0, len(truth), rows)]
+    return np.concatenate(parts)
+
+
+def _kl(truth: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    p, q = _log_softmax(truth), _log_softmax(logits)
+    # KL is not negative; rounding of equal distributions may make it so.
+    return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide = wide - wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+
+
+# -- Limits ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Largest ratios that clean runs reached, and the factor that makes limits of them."""
+
+    factor: float
+    maxima: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+    """maxima[rung][dtype][op] = [aggregate, worst]."""
+    environment: Mapping[str, Any]
+
+    def threshold(self, rung: str, dtype: str, op: str) -> tuple[float, float]:
+        """Limits of the aggregate and the worst ratio. An op that was always exact must stay exact.
+
+        Raises:
+            Inconclusive: nothing of this kind was measured.
+        """
+        try:
+            aggregate, worst = self.maxima[rung][dtype][op]
+        except KeyError:
+            raise Inconclusive(
+                f"the calibration has no clean runs of {op} in {dtype} ({rung}); run `python -m oracle calibrate`"
+            ) from None
+        return self.factor * aggregate, self.factor * worst
+
+
+@cache
+def stored_calibration() -> Calibration:
+    """The calibration that comes with the oracle.
+
+    Raises:
+        Inconclusive: there is none.
+    """
+    if not CALIBRATION.exists():
+        raise Inconclusive(f"{CALIBRATION.name} is missing; run `python -m oracle calibrate`")
+    stored = json.loads(CALIBRATION.read_text())
+    return Calibration(stored["factor"], stored["maxima"], stored["environment"])

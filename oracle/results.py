@@ -1,0 +1,150 @@
+"""What a comparison says: one finding per tensor, one result per rung, one report."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+VERSION = 1
+"""Of the JSON report's schema."""
+
+
+class Inconclusive(Exception):
+    """The comparison cannot be decided; the message is one line and says why."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of one tensor."""
+
+    tap: str
+    """Tap, or module of a parameter, e.g. `layers.0.attn.q_rope`."""
+    op: str
+    """The op's function, e.g. `rope`; for parameters the leaf, e.g. `kernel`."""
+    ok: bool
+    error: float = 0.0
+    """Relative error against the truth: ‖candidate − truth‖ / ‖truth‖."""
+    aggregate: float = 0.0
+    """Whole tensor: ‖candidate − truth‖ / ‖peer − truth‖, in multiples of the noise."""
+    worst: float = 0.0
+    """The same at the worst position, relative to its row."""
+    threshold: tuple[float, float] = (0.0, 0.0)
+    """Limits of `aggregate` and `worst`."""
+    where: str = ""
+    """Probe, step or index, as far as it matters."""
+    problem: str = ""
+    """What is wrong in words, when it is not a matter of size."""
+
+    @property
+    def layer(self) -> int | None:
+        """The layer's number, None outside the layers."""
+        parts = self.tap.split(".")
+        return int(parts[1]) if parts[0] == "layers" else None
+
+    @property
+    def noise(self) -> float:
+        """The larger of the two ratios: how many times the noise."""
+        return max(self.aggregate, self.worst)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; a number that JSON lacks becomes its name."""
+        return {
+            "tap": self.tap,
+            "layer": self.layer,
+            "op": self.op,
+            "ok": self.ok,
+            "error": _number(self.error),
+            "aggregate": _number(self.aggregate),
+            "worst": _number(self.worst),
+            "threshold": [_number(limit) for limit in self.threshold],
+            "where": self.where,
+            "problem": self.problem,
+        }
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One rung of the ladder; `findings` are in execution order."""
+
+    name: str
+    findings: Sequence[Finding]
+    summary: str
+    """What was compared and how well it agreed, in one line."""
+    inconclusive: str = ""
+    """Why the rung can decide nothing; empty if it can."""
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Verdict:
+        """`inconclusive` wins: a comparison that is not sound proves no fault either."""
+        if self.inconclusive:
+            return "inconclusive"
+        return "pass" if self.first is None else "fail"
+
+    @property
+    def first(self) -> Finding | None:
+        """Where the difference begins."""
+        return next((finding for finding in self.findings if not finding.ok), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.name,
+            "verdict": self.verdict,
+            "summary": self.summary,
+            "inconclusive": self.inconclusive,
+            "seconds": round(self.seconds, 3),
+            "checked": len(self.findings),
+            "failed": sum(not finding.ok for finding in self.findings),
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole answer."""
+
+    rungs: Sequence[RungResult]
+    exposed: Sequence[str]
+    """Fault classes that this run's weights, inputs and rungs could have shown."""
+    hidden: dict[str, str]
+    """Fault classes that it could not have shown, each with the reason."""
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The first rung that did not pass decides."""
+        return next((rung.verdict for rung in self.rungs if rung.verdict != "pass"), "pass")
+
+    @property
+    def broken(self) -> RungResult | None:
+        """The first rung that failed."""
+        return next((rung for rung in self.rungs if rung.verdict == "fail"), None)
+
+    def first_divergence(self) -> dict[str, Any] | None:
+        """`{"rung", "tap", "layer", "op", …}` of the first difference in causal order."""
+        rung = self.broken
+        if rung is None or rung.first is None:
+            return None
+        found = rung.first
+        place = {"rung": rung.name, "tap": found.tap, "layer": found.layer, "op": found.op}
+        return place | {"where": found.where, "problem": found.problem}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON report."""
+        return {
+            "version": VERSION,
+            "verdict": self.verdict,
+            "rungs": [rung.to_dict() for rung in self.rungs],
+            "first_divergence": self.first_divergence(),
+            "causes": [],
+            "exposed_classes": list(self.exposed),
+            "hidden_classes": self.hidden,
+            "environment": self.environment,
+        }

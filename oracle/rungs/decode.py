@@ -1,0 +1,175 @@
+"""Rung decode: a ragged prefill, cached steps on forced ids, then free greedy tokens.
+
+The candidate pads on the right and counts; the reference pads on the left and masks.
+Every tap of every step is compared on the real tokens, so a wrong position or a
+stale slot shows in the first tap that reads it. Greedy tokens may differ from the
+truth's choice only where the truth's own margin is inside the measured noise of the
+logits: such a step is counted as a tie, and later steps are judged on the ids the
+candidate chose.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.taps import Op, Wiring, ops
+from oracle import noise
+from oracle.candidate import Candidate, right_padded
+from oracle.compare import Judge, Window
+from oracle.probe import DecodeProbe
+from oracle.reference import Model, Reference, to_numpy
+from oracle.results import Finding, RungResult
+
+NAME = "decode"
+
+
+def run(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> RungResult:
+    """One finding per tap and step in execution order, then one per prompt's greedy tokens."""
+    findings = _forced(candidate, reference, probe, judge)
+    greedy, summary = _greedy(candidate, reference, probe, judge)
+    steps = len(probe.forced)
+    edge = ", to the context's edge" if probe.reaches_edge else ""
+    return RungResult(NAME, [*findings, *greedy], f"prefill and {steps} forced steps{edge}; {summary}")
+
+
+# -- Forced steps ----------------------------------------------------------------------
+
+
+def _forced(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> list[Finding]:
+    lengths = np.array([len(prompt) for prompt in probe.prompts], np.int32)
+    cache = candidate.empty_cache(len(lengths), int(lengths.max()) + len(probe.forced))
+    sides = _Sides(candidate, judge, lengths, reference.truth, reference.peer)
+    findings: list[Finding] = []
+    ids, counts = right_padded(probe.prompts), lengths
+    for step in range(len(probe.forced) + 1):
+        taps, cache = candidate.advance(ids, counts, cache)
+        findings += sides.compare(taps, step, probe)
+        if step < len(probe.forced):
+            ids, counts = probe.forced[step][:, None], np.ones_like(lengths)
+    return findings
+
+
+class _Sides:
+    """Advances truth and peer beside the candidate."""
+
+    def __init__(self, candidate: Candidate, judge: Judge, lengths: np.ndarray, truth: Model, peer: Model):
+        self.judge = judge
+        self.ops = ops(candidate.config, Wiring(cached=True))
+        self.lengths = lengths
+        self.models = (truth, peer)
+        self.pasts: list[Any] = [None, None]
+
+    def compare(self, taps: dict[str, Any], step: int, probe: DecodeProbe) -> list[Finding]:
+        """All taps of one forward on the real tokens."""
+        where = f"step {step}" if step else "prefill"
+        ours, theirs = self._windows(step)
+        truth, peer = self._advance(step, probe)
+        findings: list[Finding] = []
+        allowed: list[np.ndarray] | None = None
+        for op in self.ops:
+            if op.tap not in truth or op.tap not in peer:
+                findings.append(self.judge.missing(op, "reference", where))
+                continue
+            array = np.asarray(taps[op.tap])
+            rows = (
+                ours.rows(op.tap, array),
+                theirs.rows(op.tap, truth[op.tap]),
+                theirs.rows(op.tap, peer[op.tap]),
+            )
+            if op.function == "attention_mask":
+                allowed = rows[1]
+                findings += self._padding(op, ours.padding_is_hidden(array), where)
+            masked = allowed if op.function == "mask" else None
+            dtype = "" if array.dtype == np.bool_ else str(array.dtype)
+            findings.append(self.judge.finding(op, *rows, allowed=masked, where=where, epsilon=dtype))
+        unknown = truth.keys() - {op.tap for op in self.ops}
+        return findings + [self.judge.missing(Op(tap, "", ()), "candidate", where) for tap in sorted(unknown)]
+
+    def _padding(self, op: Op, hidden: bool, where: str) -> list[Finding]:
+        problem = "a token may attend to padding or to a slot that was never written"
+        return [] if hidden else [Finding(op.tap, op.function, ok=False, where=where, problem=problem)]
+
+    def _windows(self, step: int) -> tuple[Window, Window]:
+        width = int(self.lengths.max())
+        ends = self.lengths + step
+        pads = width - self.lengths
+        sources = [slice(0, end) for end in ends], [slice(pad, width + step) for pad in pads]
+        if step:
+            one = [slice(0, 1)] * len(ends)
+            return Window(one, sources[0]), Window(one, sources[1])
+        return Window(sources[0], sources[0]), Window(sources[1], sources[1])
+
+    def _advance(self, step: int, probe: DecodeProbe) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        width = int(self.lengths.max())
+        pads = width - self.lengths
+        if step:
+            ids, positions = probe.forced[step - 1][:, None], (self.lengths + step - 1)[:, None]
+            real = np.ones_like(ids, bool)
+        else:
+            real = np.arange(width)[None] >= pads[:, None]
+            rows = zip(pads, probe.prompts, strict=True)
+            ids = np.array([[*[0] * int(pad), *prompt] for pad, prompt in rows])
+            positions = np.maximum(np.arange(width)[None] - pads[:, None], 0)
+        sides: list[dict[str, np.ndarray]] = []
+        for index, side in enumerate(self.models):
+            taps, self.pasts[index] = side.advance(ids, positions, real, self.pasts[index])
+            sides.append({tap: to_numpy(value) for tap, value in taps.items()})
+        return sides[0], sides[1]
+
+
+# -- Greedy tokens ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What became of one prompt's greedy tokens."""
+
+    exact: int
+    ties: int
+    wrong: str
+    padded_rows: int
+    """Steps at which a padded row of the vocabulary had the largest logit."""
+
+
+def _greedy(
+    candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge
+) -> tuple[list[Finding], str]:
+    generated = candidate.greedy(probe.prompts, probe.new_tokens)
+    choices = [
+        _judged(candidate, reference, judge, list(prompt), new)
+        for prompt, new in zip(probe.prompts, generated, strict=True)
+    ]
+    findings = [
+        Finding("logits", "greedy", ok=not c.wrong, where=f"greedy, prompt {row}", problem=c.wrong)
+        for row, c in enumerate(choices)
+    ]
+    exact, ties = sum(c.exact for c in choices), sum(c.ties for c in choices)
+    summary = f"{exact} of {sum(map(len, generated))} greedy tokens exact, {ties} certified ties"
+    won = sum(c.padded_rows for c in choices)
+    return findings, summary + (f"; a padded vocabulary row would have won {won} times" if won else "")
+
+
+def _judged(candidate: Candidate, reference: Reference, judge: Judge, prompt: list[int], new: list[int]) -> _Choices:
+    """Truth's logits, given what the candidate wrote so far, judge each of its choices."""
+    ids = np.array([[*prompt, *new[:-1]]])
+    last = slice(len(prompt) - 1, None)
+    truth = reference.truth.logits(ids)[0, last]
+    peer = reference.peer.logits(ids)[0, last].astype(np.float64)
+    real = truth[:, : candidate.real_ids]
+    margins = real.max(-1) - real[np.arange(len(new)), new]
+    scale = np.abs(truth).max(-1)
+    rounding = np.maximum(np.abs(peer - truth).max(-1), noise.EPSILON[judge.dtype] * scale)
+    # Either logit of a pair may be off by the noise limit.
+    tolerance = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1] * rounding
+    beyond = np.flatnonzero(margins > tolerance)
+    wrong = ""
+    if beyond.size:
+        at = int(beyond[0])
+        wrong = (
+            f"greedy token {at} is {new[at]}, the reference's is {int(real[at].argmax())}; "
+            f"its margin of {margins[at]:.2g} is outside the noise of {tolerance[at]:.2g}"
+        )
+    exact = int((margins == 0).sum())
+    padded = int((truth.argmax(-1) >= real.shape[-1]).sum())
+    return _Choices(exact, len(new) - exact - int(beyond.size), wrong, padded)
