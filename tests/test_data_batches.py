@@ -78,7 +78,7 @@ def documents_in(batches: Any) -> list[tuple[tuple[int, ...], ...]]:
 def test_batches_have_the_documented_shapes_and_dtypes(shards: TokenShards):
     for batches in (PretrainBatches(shards, 3, 16, 0), EpisodeBatches(random_episodes(9, 17), 3, 16, 0)):
         for batch in all_of(batches):
-            assert {key: (array.shape, array.dtype.name) for key, array in batch.items()} == {
+            assert {key: (np.shape(array), np.asarray(array).dtype.name) for key, array in batch.items()} == {
                 "ids": ((3, 16), "int32"),
                 "targets": ((3, 16), "int32"),
                 "mask": ((3, 16), "float32"),
@@ -221,9 +221,10 @@ def test_exhaustion_is_loud_and_names_the_step(shards: TokenShards):
     for batches in sources(shards, epochs=None):
         served = len(all_of(batches))
         assert served == batches.steps_per_epoch == batches.total_batches
-        for _ in range(2):
-            with pytest.raises(DataEnded) as error:
-                batches.next()
+        with pytest.raises(DataEnded):
+            batches.next()
+        with pytest.raises(DataEnded) as error:
+            batches.next()
         assert error.value.batches == served
         assert str(error.value) == f"corpus ended after {served} batches; pass --epochs to repeat"
         told = error.value.at_step(812, 2000)

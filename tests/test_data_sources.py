@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxgpt.data import sources
-from jaxgpt.data.sources import File, Skipped, documents, files, read
+from jaxgpt.data.sources import Document, File, Skipped, documents, files, read
 from jaxgpt.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_the_standard_library_is_sorted_python_without_tests_and_site_packages()
     assert not parts & {"site-packages", "test", "tests", "__pycache__"}
     folder = Path(sysconfig.get_paths()["stdlib"])
     ast = next(file for file in files("stdlib") if file.name == "ast.py")
-    assert [d.text for d in read(ast)] == [(folder / "ast.py").read_text("utf-8")]
+    assert list(read(ast)) == [Document("ast.py", (folder / "ast.py").read_text("utf-8"))]
 
 
 def test_a_folder_gives_its_text_files_in_order_of_relative_path(tmp_path: Path):

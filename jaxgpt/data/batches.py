@@ -215,7 +215,7 @@ class Batches:
         self.epochs = 1 if epochs is None else _at_least_one("epochs", epochs)
         self.batches_served = 0
         self._order = (0, permutation(len(rows), seed, 0))
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "data": rows.data(),
             "seed": seed,
             "batch_size": batch_size,

@@ -41,7 +41,9 @@ class Corpus:
         # At the end of a line, unless that would change the fraction much.
         at = text.rfind("\n", middle - middle // 10, middle) + 1 or middle
         parts: tuple[tuple[Split, str], ...] = (("train", text[:at]), ("val", text[at:]))
-        yield from ((split, Document(document.name, part)) for split, part in parts if part)
+        for split, part in parts:
+            if part:
+                yield split, Document(document.name, part)
 
 
 def _is_held_out(name: str, fraction: float) -> bool:

@@ -75,7 +75,7 @@ def read_episodes(
             rendered = render(messages, tokenizer, template)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-        check_mask(rendered, messages, tokenizer, place)
+        check_mask(rendered, messages, tokenizer, template, place)
         if not any(rendered.mask):
             untrained += 1
         elif len(rendered.ids) > sequence_length + 1:
@@ -124,7 +124,9 @@ def _message(message: Any, place: str) -> Message:
     return Message(role=message["role"], content=message["content"])
 
 
-def check_mask(rendered: Rendered, messages: Sequence[Message], tokenizer: Tokenizer, place: str) -> None:
+def check_mask(
+    rendered: Rendered, messages: Sequence[Message], tokenizer: Tokenizer, template: Template, place: str
+) -> None:
     """Assert that exactly the assistant's content and its end token train.
 
     Works from the ids alone, not from how they were rendered, so that a fault of
@@ -132,20 +134,21 @@ def check_mask(rendered: Rendered, messages: Sequence[Message], tokenizer: Token
 
     Raises:
         InputError: with `place`, if mask and ids differ in length, or a trained
-            run is not an assistant message followed by an end token.
+            run is not a message of the trained role followed by the end token.
     """
     if len(rendered.mask) != len(rendered.ids):
         raise InputError(f"{place}: loss mask has {len(rendered.mask)} entries for {len(rendered.ids)} tokens")
+    role, end = template.trained_role, tokenizer.special(template.end)
     runs = trained_runs(rendered)
-    contents = [message["content"] for message in messages if message["role"] == "assistant"]
+    contents = [message["content"] for message in messages if message["role"] == role]
     if len(runs) != len(contents):
-        raise InputError(f"{place}: {len(runs)} trained runs of tokens for {len(contents)} assistant messages")
+        raise InputError(f"{place}: {len(runs)} trained runs of tokens for {len(contents)} {role} messages")
     for i, (run, content) in enumerate(zip(runs, contents, strict=True), 1):
-        if run[-1] not in tokenizer.stop_ids:
-            name = tokenizer.token_name(run[-1])
-            raise InputError(f"{place}: assistant message {i}: the last trained token is {name}, expected an end token")
+        where = f"{place}: {role} message {i}"
+        if run[-1] != end.id:
+            raise InputError(f"{where}: the last trained token is {tokenizer.token_name(run[-1])}, expected {end.text}")
         if tokenizer.decode(run[:-1]) != content:
-            raise InputError(f"{place}: assistant message {i}: the trained tokens are not its content")
+            raise InputError(f"{where}: the trained tokens are not its content")
 
 
 def trained_runs(rendered: Rendered) -> list[list[int]]:

@@ -88,5 +88,8 @@ def judge(statistics: Statistics, what: str, *, accept: bool = False) -> None:
 
 
 def unknown_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """The ids that stand for text the vocabulary lacks (for `char`: its 256 byte tokens)."""
-    return np.zeros(0, np.int64)
+    """The ids that stand for text the vocabulary lacks.
+
+    `char` spells it with its byte tokens, ids 0 to 255; byte-level BPE lacks none.
+    """
+    return np.arange(256 if tokenizer.kind == "char" else 0)
