@@ -65,7 +65,7 @@ class Template:
     def __post_init__(self) -> None:
         if self.trained_role not in self.turns:
             raise InputError(
-                f"template {self.name} trains {self.trained_role}, but has turns {first(list(self.turns))}"
+                f"template {self.name} trains {self.trained_role}, its turns are {first(list(self.turns))}"
             )
         reserved = sorted(ALWAYS.keys() & self.specials.keys())
         if reserved:

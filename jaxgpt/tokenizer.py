@@ -259,6 +259,8 @@ def _saved_specials(state: Mapping[str, Any]) -> list[Special]:
     texts, ids, names = state["special_tokens"], state["special_token_ids"], state["special_name_ids"]
     if not (isinstance(texts, list) and isinstance(ids, dict) and isinstance(names, dict)):
         raise InputError("tokenizer state must hold special tokens as one list and two objects")
+    if any(not isinstance(text, str) for text in texts):
+        raise InputError("special tokens must be strings")
     if not len(texts) == len(ids) == len(names):
         raise InputError(f"{len(texts)} special tokens, but {len(ids)} ids by string and {len(names)} ids by name")
     if any(type(id) is not int for id in [*ids.values(), *names.values()]):
@@ -290,13 +292,17 @@ def _check_specials(specials: Sequence[Special], encoder: Encoder, rows: int) ->
             raise InputError(f"{special.text} has id {special.id}, already {same_id.text!r}")
         if same_text is not special:
             raise InputError(f"special tokens {same_text.name} and {special.name} are both {special.text}; change one")
-        if encoder.specials.get(special.text) != special.id:
-            _check_added(special, encoder, rows)
+        _check_place(special, encoder, rows)
     if END_OF_TEXT not in {special.name for special in specials}:
         raise InputError(f"no special token is named {END_OF_TEXT}")
 
 
-def _check_added(special: Special, encoder: Encoder, rows: int) -> None:
+def _check_place(special: Special, encoder: Encoder, rows: int) -> None:
+    own = encoder.specials.get(special.text)
+    if own == special.id:
+        return
+    if own is not None:
+        raise InputError(f"{special.text} has id {special.id}, but {own} in the base vocabulary")
     if 0 <= special.id < encoder.size:
         token = encoder.token_bytes()[special.id].decode(errors="replace")
         raise InputError(f"{special.text} has id {special.id}, already {token!r}")
