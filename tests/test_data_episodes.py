@@ -85,7 +85,7 @@ def test_a_file_with_nothing_to_train_on_is_refused(tmp_path: Path, tokenizer: T
     with pytest.raises(InputError) as error:
         read_episodes(path, tokenizer, template, 256)
     assert str(error.value).startswith(f"nothing to train on in {path}: 1 rows, 0 episodes")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="is not a file"):
         read_episodes(tmp_path / "none.jsonl", tokenizer, template, 256)
 
 

@@ -103,6 +103,17 @@ def test_a_missing_source_is_refused(tmp_path: Path):
     assert "holds no files" in message(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    (tmp_path / name).write_text("text")
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert message(tmp_path).startswith(f"{tmp_path}/{name} cannot be read (Permission denied)")
+
+
 def test_a_folder_named_stdlib_is_reached_by_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "stdlib").mkdir()
     (tmp_path / "stdlib" / "a.txt").write_text("mine")

@@ -62,7 +62,7 @@ class EncodeReport:
 
 
 def encode(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     out: str | Path,
     tokenizer: Tokenizer,
     *,
@@ -85,6 +85,7 @@ def encode(
             Later: the disk is full.
     """
     out = Path(out)
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
     if shard_tokens < 1 or not 0.0 <= val_fraction < 1.0:
         raise InputError(f"expected shard_tokens >= 1 and 0 <= val_fraction < 1, got {shard_tokens} and {val_fraction}")
     _refuse_out_inside_source(sources, out)

@@ -92,7 +92,7 @@ def read_messages(paths: Sequence[str | Path]) -> Iterator[tuple[str, list[Messa
     """(`file:line`, messages) of every row; raises InputError for a malformed one."""
     for path in map(Path, paths):
         if not path.is_file():
-            raise InputError(f"{path} does not exist; give a .jsonl file with `messages` in each row")
+            raise InputError(f"{path} is not a file; give a .jsonl file with `messages` in each row")
         for place, row in json_rows(path):
             yield place, _messages(row, place)
 

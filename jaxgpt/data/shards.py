@@ -40,8 +40,10 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON; encode the text again") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise InputError(f"{path} is not an index of token shards; encode the text again")
-    if index["version"] != VERSION:
-        raise InputError(f"{path} has version {index['version']}, this program reads {VERSION}; encode the text again")
+    if index.get("version") != VERSION:
+        raise InputError(
+            f"{path} has version {index.get('version')}, this program reads {VERSION}; encode the text again"
+        )
     return index
 
 

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxgpt.errors import InputError
 
@@ -90,28 +90,39 @@ def _walk(folder: Path, excluded: set[str]) -> Iterator[File]:
 
 
 def read(file: File) -> Iterator[Document | Skipped]:
-    """The documents of one file; an empty text is skipped."""
+    """The documents of one file; an empty text is skipped.
+
+    Raises:
+        InputError: the file cannot be opened; or it was named by the user and is no
+            text; or a row of JSONL is malformed.
+    """
     if file.path.suffix == ".jsonl":
         yield from _rows_with_text(file)
         return
-    content = file.path.read_bytes()
-    reason = _not_text(content)
+    with opened(file.path) as stream:
+        content = stream.read()
+    text, reason = _decoded(content)
     if reason and not file.found:
         raise InputError(f"{file.path} is not UTF-8 text ({reason}); convert it first")
-    if reason or not content:
-        yield Skipped(file.name, reason or "empty")
-    else:
-        yield Document(file.name, content.decode("utf-8"))
+    yield Document(file.name, text) if text else Skipped(file.name, reason or "empty")
 
 
-def _not_text(content: bytes) -> str:
-    if b"\0" in content:
-        return f"NUL at byte {content.index(0)}"
+def opened(path: Path) -> BinaryIO:
+    """The file, open for reading; raises InputError with the system's reason if it cannot be."""
     try:
-        content.decode("utf-8")
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); leave it out or make it readable") from None
+
+
+def _decoded(content: bytes) -> tuple[str, str]:
+    """(text, ""), or ("", why it is none)."""
+    if b"\0" in content:
+        return "", f"NUL at byte {content.index(0)}"
+    try:
+        return content.decode("utf-8"), ""
     except UnicodeDecodeError as error:
-        return f"0x{content[error.start]:02x} at byte {error.start}"
-    return ""
+        return "", f"0x{content[error.start]:02x} at byte {error.start}"
 
 
 def _rows_with_text(file: File) -> Iterator[Document | Skipped]:
@@ -133,7 +144,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: a row is not a JSON object in UTF-8, or longer than MAX_LINE.
     """
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         number = 0
         while line := stream.readline(MAX_LINE + 1):
             number += 1
