@@ -28,7 +28,7 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 
 def embed(config: ModelConfig, p: Leaves, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding. An id outside it gives NaN, never another token's row."""
-    return p["weight"].at[ids].get(mode="fill", fill_value=jnp.nan)
+    return p["weight"].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def angles(config: ModelConfig, p: Leaves, positions: Int[Array, "B T"]) -> Float[Array, "B T R"]:

@@ -178,6 +178,8 @@ class SFTSettings:
     """run folder: checkpoints and logs"""
     resume: bool = False
     """go on with the run in --out, bit for bit, with the settings it was started with"""
+    template: Literal["", "chatml", "tags", "plain"] = ""
+    """chat template; the checkpoint's own unless given"""
     pack: bool = True
     """several episodes in a row, without attention between them"""
     train: TrainSettings = TrainSettings(learning_rate=3e-4, weight_decay=0.0, epochs=1000, eval_every=50)

@@ -1,0 +1,91 @@
+"""Checks before and at the first step that stop a run which could only be wrong.
+
+A model that knows nothing scores ln(V) nats a token. Above that it is worse than a
+guess (damaged weights, another vocabulary); far below it at the first step, a fresh
+model has seen its answers.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxgpt import model
+from jaxgpt.config import ModelConfig
+from jaxgpt.data.batches import Batch, empty_batch
+from jaxgpt.errors import InputError
+from jaxgpt.loss import evaluate
+
+FRESH_ABOVE = 0.3
+FRESH_BELOW = 1.0
+"""How far the first real batch of a fresh model may lie from ln(V)."""
+LOADED_SHARE = 0.84
+"""A loaded model should score below this share of ln(V): 10.0 nats for Qwen2's vocabulary."""
+
+
+def uniform(config: ModelConfig) -> float:
+    """ln(V): the loss of a uniform guess, in nats."""
+    return math.log(config.vocab_size)
+
+
+def random_batch(config: ModelConfig, rows: int, time: int) -> Batch:
+    """Uniformly random ids with random targets: nothing to learn, nothing to know."""
+    rng = np.random.default_rng(0)
+    batch = empty_batch(rows, time)
+    batch["ids"][:] = rng.integers(0, config.vocab_size, (rows, time))
+    batch["targets"][:] = rng.integers(0, config.vocab_size, (rows, time))
+    batch["mask"][:] = 1.0
+    batch["segments"][:] = 1
+    batch["positions"][:] = np.arange(time)
+    return batch
+
+
+def check_fresh(config: ModelConfig, params: model.Params, dtype: str) -> float:
+    """Loss of a fresh model on random ids; raises InputError unless it is within 0.3 of ln(V)."""
+    time = min(config.max_position_embeddings, 128)
+    loss = evaluate(config, params, [random_batch(config, 8, time)], dtype)
+    if not abs(loss - uniform(config)) <= FRESH_ABOVE:
+        raise InputError(
+            f"a fresh model scores {loss:.3f} on random ids, expected {uniform(config):.3f} ± {FRESH_ABOVE} "
+            "(ln(vocab)); check initializer_range"
+        )
+    return loss
+
+
+def check_first_batch(config: ModelConfig, loss: float) -> None:
+    """Refuse a fresh model's first training loss far from ln(V)."""
+    expected = uniform(config)
+    if not expected - FRESH_BELOW <= loss <= expected + FRESH_ABOVE:
+        raise InputError(
+            f"first loss is {loss:.3f}, expected between {expected - FRESH_BELOW:.3f} and {expected + FRESH_ABOVE:.3f} "
+            f"(ln(vocab) = {expected:.3f}) for a fresh model; check the targets and the loss mask"
+        )
+
+
+def check_loaded(config: ModelConfig, loss: float, *, accept: bool) -> None:
+    """Refuse a loaded model that predicts no better than a guess, or hardly better unless accepted.
+
+    Raises:
+        InputError: with the loss, the bound, and what to run next.
+    """
+    expected = uniform(config)
+    if not loss <= expected:
+        raise InputError(
+            f"the loaded model scores {loss:.3f} before any update, worse than a uniform guess (ln(vocab) = "
+            f"{expected:.3f}): the weights or the tokenizer are wrong; run `python -m oracle compare` on the checkpoint"
+        )
+    if loss > LOADED_SHARE * expected and not accept:
+        raise InputError(
+            f"the loaded model scores {loss:.3f} before any update, above {LOADED_SHARE * expected:.3f} "
+            f"({LOADED_SHARE} ln(vocab)); check data and tokenizer, or pass --accept-loss"
+        )
+
+
+def known_targets(batches: Sequence[Batch], new_ids: Sequence[int]) -> list[Batch]:
+    """The batches without targets that a base model cannot know, such as the end token of a chat turn."""
+    kept: list[Batch] = []
+    for batch in batches:
+        changed = batch.copy()
+        changed["mask"] = batch["mask"] * ~np.isin(batch["targets"], list(new_ids))
+        kept.append(changed)
+    return kept

@@ -1,0 +1,199 @@
+"""Pretraining and SFT: what each run is made of. The loop they share is `jaxgpt.training_loop`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import checkpoint, device, model
+from jaxgpt.chat import TEMPLATES, Template
+from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.config import PRESETS, ModelConfig
+from jaxgpt.data.batches import Batch, EpisodeBatches, PretrainBatches, validation
+from jaxgpt.data.episodes import Episodes, read_episodes
+from jaxgpt.data.shards import TokenShards
+from jaxgpt.errors import InputError
+from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.training_loop import Loop, Run, TrainResult
+
+
+def pretrain(settings: PretrainSettings) -> TrainResult:
+    """Train a base model on token shards.
+
+    Raises:
+        InputError: settings, data or model that do not fit together; before anything is written.
+    """
+    if settings.resume:
+        resumed = _resumable(settings.out, "pretrain")
+        settings = _restore(PretrainSettings, resumed.train_json, settings)
+    else:
+        resumed = None
+        _new_folder(settings.out)
+    device.use(settings.train.device)
+    shards = TokenShards(_given("--data", settings.data))
+    shards.judge_first_shard()
+    tokenizer = shards.tokenizer()
+    source = resumed or (checkpoint.load(settings.init_from) if settings.init_from else None)
+    if source is not None:
+        _same_tokenizer(source, tokenizer)
+        config, params = source.config, source.params
+    else:
+        config = model_config(settings.model, tokenizer.model_vocab_size)
+        params = model.init(config, settings.train.seed)
+    train = settings.train
+    _fits_context(config, train)
+    held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
+    run = Run(
+        out=Path(settings.out),
+        settings=train,
+        stage="base",
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        template=shards.template(),
+        batches=PretrainBatches(shards, train.batch_size, train.sequence_length, train.seed, train.epochs),
+        held_out=_validation(held_out, train) if held_out else [],
+        fresh=source is None,
+        origin={"command": "pretrain", "settings": dataclasses.asdict(settings)},
+        parent=settings.init_from or None,
+        resumed=resumed,
+    )
+    return Loop(run).run()
+
+
+def sft(settings: SFTSettings) -> TrainResult:
+    """Teach a checkpoint to answer, from chat JSONL; only answers and their end token train.
+
+    Raises:
+        InputError: settings, data or model that do not fit together; before anything is written.
+    """
+    if settings.resume:
+        resumed = _resumable(settings.out, "sft")
+        settings = _restore(SFTSettings, resumed.train_json, settings)
+    else:
+        resumed = None
+        _new_folder(settings.out)
+    device.use(settings.train.device)
+    source = resumed or checkpoint.load(_given("--model", settings.model))
+    if source.tokenizer is None:
+        raise InputError(f"{settings.model} has no tokenizer jaxgpt knows; SFT needs one to encode the conversations")
+    template = _template(settings, source)
+    train = settings.train
+    _fits_context(source.config, train)
+    episodes = read_episodes(_given("--data", settings.data), source.tokenizer, template, train.sequence_length)
+    training, held_out = _split(episodes, settings, source.tokenizer, template)
+    run = Run(
+        out=Path(settings.out),
+        settings=train,
+        stage="sft",
+        config=source.config,
+        params=source.params,
+        tokenizer=source.tokenizer,
+        template=template,
+        batches=EpisodeBatches(
+            training, train.batch_size, train.sequence_length, train.seed, train.epochs, packed=settings.pack
+        ),
+        held_out=_validation(held_out, train) if held_out.episodes else [],
+        fresh=False,
+        origin={"command": "sft", "settings": dataclasses.asdict(settings), "episodes": str(training)},
+        parent=settings.model,
+        resumed=resumed,
+    )
+    return Loop(run).run()
+
+
+# -- Putting a run together ------------------------------------------------------------
+
+
+def model_config(settings: ModelSettings, vocab_size: int) -> ModelConfig:
+    """The preset with what was changed, for a tokenizer of `vocab_size` rows."""
+    changes = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if value is not None and name not in ("preset", "dropout")
+    }
+    preset = PRESETS[settings.preset]
+    heads = changes.get("num_attention_heads", preset.num_attention_heads)
+    if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
+        same = preset.num_key_value_heads == preset.num_attention_heads
+        changes["num_key_value_heads"] = heads if same else math.gcd(heads, preset.num_key_value_heads)
+    if "head_dim" not in changes and {"hidden_size", "num_attention_heads"} & changes.keys():
+        hidden = changes.get("hidden_size", preset.hidden_size)
+        if hidden % heads:
+            raise InputError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim")
+        changes["head_dim"] = hidden // heads
+    if "hidden_size" in changes and "intermediate_size" not in changes:
+        changes["intermediate_size"] = changes["hidden_size"] * preset.intermediate_size // preset.hidden_size
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+    return dataclasses.replace(preset, vocab_size=vocab_size, **changes, **rates)
+
+
+def _given(flag: str, value: str) -> str:
+    if not value:
+        raise InputError(f"{flag} is missing")
+    return value
+
+
+def _new_folder(out: str) -> None:
+    if checkpoint.steps(_given("--out", out)):
+        raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
+
+
+def _resumable(out: str, command: str) -> Checkpoint:
+    found = checkpoint.load(_given("--out", out), train=True, fallback=True)
+    if found.train is None or found.train_json is None:
+        raise InputError(f"{out} has no training state to resume; start from it with --init-from")
+    if found.train_json["origin"]["command"] != command:
+        raise InputError(f"{out} was written by {found.train_json['origin']['command']}; resume it with that command")
+    return found
+
+
+def _restore(kind: Any, saved: Any, asked: Any) -> Any:
+    """The settings a run was started with; only where it lies may have changed."""
+    values = saved["origin"]["settings"]
+    nested: dict[str, Any] = {"train": TrainSettings(**values["train"])}
+    if "model" in values and isinstance(values["model"], dict):
+        nested["model"] = ModelSettings(**values["model"])
+    return kind(**{**values, **nested, "out": asked.out, "resume": True})
+
+
+def _same_tokenizer(source: Checkpoint, tokenizer: Tokenizer) -> None:
+    if source.tokenizer is None or source.tokenizer.state() != tokenizer.state():
+        raise InputError(f"{source.path} and the data have different tokenizers; encode the data with the checkpoint's")
+
+
+def _fits_context(config: ModelConfig, settings: TrainSettings) -> None:
+    if settings.sequence_length > config.max_position_embeddings:
+        raise InputError(
+            f"sequence_length {settings.sequence_length} exceeds the model's context of "
+            f"{config.max_position_embeddings}; lower it or raise --max-position-embeddings"
+        )
+
+
+def _template(settings: SFTSettings, source: Checkpoint) -> Template:
+    if settings.template:
+        return TEMPLATES[settings.template]
+    if source.template is None:
+        raise InputError(f"{settings.model} has no chat template; choose one with --template {'|'.join(TEMPLATES)}")
+    return source.template
+
+
+def _split(
+    episodes: Episodes, settings: SFTSettings, tokenizer: Tokenizer, template: Template
+) -> tuple[Episodes, Episodes]:
+    """Training and held-out episodes: another file's, or the last twentieth of many."""
+    length = settings.train.sequence_length
+    if settings.validation:
+        return episodes, read_episodes(settings.validation, tokenizer, template, length)
+    count = len(episodes.episodes) // 20 if len(episodes.episodes) >= 100 else 0
+    cut = len(episodes.episodes) - count
+    return (
+        dataclasses.replace(episodes, episodes=episodes.episodes[:cut]),
+        dataclasses.replace(episodes, episodes=episodes.episodes[cut:]),
+    )
+
+
+def _validation(source: TokenShards | Episodes, settings: TrainSettings) -> Sequence[Batch]:
+    return validation(source, settings.batch_size, settings.sequence_length, limit=settings.eval_batches or None)
