@@ -7,7 +7,7 @@ otherwise true model, in memory.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -53,24 +53,21 @@ class Candidate:
         """An op or the decode step is not the model's own."""
         return bool(self.replace) or self.step is not model.forward_cached
 
+    @property
+    def _replacements(self) -> "Replacements":
+        return tuple(sorted(self.replace.items(), key=lambda item: item[0]))
+
     def forward(self, ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> dict[str, jax.Array]:
         """All taps of one free-running forward, in execution order."""
         # The output of a jitted function is a sorted dict; order is that of the table.
-        taps = self._forward(self.params, jnp.asarray(ids), jnp.asarray(positions), jnp.asarray(segments))
+        given = (self.params, *map(jnp.asarray, (ids, positions, segments)))
+        taps = _forward(self.config, self._replacements, *given)
         return {op.tap: taps[op.tap] for op in ops(self.config)}
-
-    @cached_property
-    def _forward(self) -> Callable[..., dict[str, jax.Array]]:
-        def forward(params: model.Params, ids: Any, positions: Any, segments: Any) -> dict[str, jax.Array]:
-            given = {"positions": positions, "segments": segments, "replace": self.replace}
-            return model.forward(self.config, params, ids, **given).taps
-
-        return jax.jit(forward)
 
     def dtypes(self, ids: np.ndarray) -> dict[str, np.dtype]:
         """The dtype of every tap, without computing any."""
-        whole = np.zeros_like(ids)
-        shapes = jax.eval_shape(self._forward, self.params, ids, whole, whole)
+        forward = partial(_forward, self.config, self._replacements)
+        shapes = jax.eval_shape(forward, self.params, *[jnp.asarray(ids)] * 3)
         return {tap: shape.dtype for tap, shape in shapes.items()}
 
     def run_op(self, op: Op, inputs: Sequence[np.ndarray]) -> jax.Array:
@@ -85,16 +82,9 @@ class Candidate:
 
     def advance(self, ids: np.ndarray, counts: np.ndarray, cache: KVCache) -> tuple[dict[str, jax.Array], KVCache]:
         """All taps of one cached forward, and the cache after it."""
-        taps, cache = self._advance(self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
+        given = (self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
+        taps, cache = _advance(self.config, self._replacements, self.step, *given)
         return {op.tap: taps[op.tap] for op in ops(self.config, Wiring(cached=True))}, cache
-
-    @cached_property
-    def _advance(self) -> Callable[..., tuple[dict[str, jax.Array], KVCache]]:
-        def advance(params: model.Params, ids: Any, counts: Any, cache: KVCache) -> Any:
-            output, cache = self.step(self.config, params, ids, counts, cache, replace=self.replace)
-            return output.taps, cache
-
-        return jax.jit(advance)
 
     def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:
         """Each prompt's most likely continuation: through the real generator unless the model is altered."""
@@ -123,6 +113,26 @@ class Candidate:
         return [row[:count] for row, count in zip(tokens, new_tokens, strict=True)]
 
 
+Replacements = tuple[tuple[str, OpFunction], ...]
+"""`Candidate.replace` as a static argument: models of one config share their compilations."""
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(
+    config: ModelConfig, replace: Replacements, params: model.Params, ids: Any, positions: Any, segments: Any
+) -> dict[str, jax.Array]:
+    given: dict[str, Any] = {"positions": positions, "segments": segments, "replace": dict(replace)}
+    return model.forward(config, params, ids, **given).taps
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _advance(
+    config: ModelConfig, replace: Replacements, step: Step, params: model.Params, ids: Any, counts: Any, cache: KVCache
+) -> tuple[dict[str, jax.Array], KVCache]:
+    output, cache = step(config, params, ids, counts, cache, replace=dict(replace))
+    return output.taps, cache
+
+
 @cache
 def _jitted(function: OpFunction) -> Callable[..., jax.Array]:
     # One compilation per op function and shape: layers share it.
@@ -133,4 +143,3 @@ def right_padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Rows of ids as one int32 array, zeros after each row's end."""
     width = max(len(row) for row in rows)
     return np.array([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
-

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchref
-from torchref import Cache, Decoder
 
+import torchref
 from jaxgpt.errors import InputError
 from jaxgpt.taps import Op
 from oracle import streaming
 from oracle.probe import Probe
+from torchref import Cache, Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -104,4 +104,3 @@ class Reference:
     def in_training_mode(self) -> bool:
         """Dropout would be on."""
         return self.truth.decoder.training or self.peer.decoder.training
-

@@ -132,9 +132,7 @@ class _Choices:
     """Steps at which a padded row of the vocabulary had the largest logit."""
 
 
-def _greedy(
-    candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge
-) -> tuple[list[Finding], str]:
+def _greedy(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> tuple[list[Finding], str]:
     generated = candidate.greedy(probe.prompts, probe.new_tokens)
     choices = [
         _judged(candidate, reference, judge, list(prompt), new)
