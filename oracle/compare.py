@@ -95,7 +95,7 @@ class Judge:
         if allowed is not None:
             candidate, truth, peer = (_only(rows, allowed) for rows in (candidate, truth, peer))
         pieces: list[Triple] = list(zip(candidate, truth, peer, strict=True))
-        measured = noise.ratios(pieces, noise.EPSILON[epsilon or self.dtype])
+        measured = noise.ratios(pieces, noise.EPSILON[epsilon or self.dtype], level=allowed is not None)
         return self.of(op.tap, op.function, measured, where)
 
     def of(self, tap: str, function: str, measured: Ratios, where: str = "") -> Finding:

@@ -49,9 +49,8 @@ def classes(comparison: "Comparison", rungs: Sequence[str]) -> tuple[list[str], 
 
 def _without_rungs(rungs: Sequence[str]) -> dict[str, str]:
     needs = {"bits": [*WEIGHTS, *EXPORT], "operators": [*OPERATORS, *_CONFIG_CLASSES], "decode": DECODE}
-    return {
-        name: f"the rung {rung} was not reached" for rung, names in needs.items() if rung not in rungs for name in names
-    }
+    missing = {rung: names for rung, names in needs.items() if rung not in rungs}
+    return {name: f"the rung {rung} was not reached" for rung, names in missing.items() for name in names}
 
 
 def _without_weights(comparison: "Comparison") -> dict[str, str]:

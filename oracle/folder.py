@@ -32,7 +32,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors |= {name: _numpy(opened.get_tensor(name)) for name in opened.keys()}
+                tensors |= {name: _numpy(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a readable safetensors file: {error}") from error
     return {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}

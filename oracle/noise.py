@@ -54,17 +54,18 @@ Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Candidate, truth and peer of one piece of a tensor, of equal shape."""
 
 
-def ratios(pieces: Sequence[Triple], epsilon: float) -> Ratios:
+def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False) -> Ratios:
     """Compare a tensor given in pieces (for example the rows of a ragged batch).
 
     `epsilon` is that of the candidate's dtype. A value that is not finite on any
-    side is a problem, whatever the others say.
+    side is a problem, whatever the others say. `level`: measure every row at the scale
+    of the whole tensor at least, where a row may hold a single number (masked scores).
     """
     peak = max((float(np.abs(truth).max()) for _, truth, _ in pieces if truth.size), default=0.0)
     sums = _Sums()
     for piece in pieces:
         for chunk in _chunks(piece):
-            _accumulate(sums, chunk, smallest=epsilon * peak)
+            _accumulate(sums, chunk, smallest=peak * (1.0 if level else epsilon))
     if sums.problems:
         return Ratios(float("inf"), float("inf"), float("inf"), sums.problems[0])
     norm = sums.truth**0.5

@@ -5,7 +5,7 @@ what it computes with: the rounding itself is no error of either. Whether the
 candidate's weights are the right ones is the business of the rung bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Model:
 
     decoder: Decoder
 
-    def stream(self, probe: Probe) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self, probe: Probe) -> streaming.Taps:
         """The taps of one free-running forward, as they are computed."""
         inputs = {"positions": _ints(probe.positions), "segments": _ints(probe.segments)}
         return streaming.stream(lambda taps: self._forward(_ints(probe.ids), taps=taps, **inputs))

@@ -23,7 +23,8 @@ def verdict(report: Report) -> str:
         rung = next(rung for rung in report.rungs if rung.verdict == "inconclusive")
         return f"INCONCLUSIVE. {rung.inconclusive}."
     rung = report.broken
-    assert rung is not None and rung.first is not None
+    assert rung is not None
+    assert rung.first is not None
     return f"FAIL. First divergence: {_place(rung, rung.first)}. {_size(rung, rung.first)}"
 
 

@@ -120,7 +120,8 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """The first rung that did not pass decides."""
-        return next((rung.verdict for rung in self.rungs if rung.verdict != "pass"), "pass")
+        verdicts: list[Verdict] = [rung.verdict for rung in self.rungs if rung.verdict != "pass"]
+        return verdicts[0] if verdicts else "pass"
 
     @property
     def broken(self) -> RungResult | None:

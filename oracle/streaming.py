@@ -5,13 +5,14 @@ several times their weights. So each forward runs in a thread of its own that wa
 until its last tap has been taken; two such forwards advance in step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from queue import Full, Queue
 from threading import Event, Thread
 
 import torch
 
+Taps = Generator[tuple[str, torch.Tensor], None, None]
 Item = tuple[str, torch.Tensor] | BaseException | None
 
 
@@ -38,7 +39,7 @@ class _Sink(dict[str, torch.Tensor]):
         raise _Closed
 
 
-def stream(forward: Callable[[dict[str, torch.Tensor]], object]) -> Iterator[tuple[str, torch.Tensor]]:
+def stream(forward: Callable[[dict[str, torch.Tensor]], object]) -> Taps:
     """The (tap, value) pairs that `forward(taps)` stores, in the order it does; its exceptions are raised here."""
     queue: Queue[Item] = Queue(maxsize=1)
     closed = Event()
@@ -68,7 +69,7 @@ def stream(forward: Callable[[dict[str, torch.Tensor]], object]) -> Iterator[tup
 class Reader:
     """Takes taps by name from a stream; what arrives earlier than asked for waits."""
 
-    def __init__(self, items: Iterator[tuple[str, torch.Tensor]]):
+    def __init__(self, items: Taps):
         self._items = items
         self._waiting: dict[str, torch.Tensor] = {}
 

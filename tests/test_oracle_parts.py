@@ -204,7 +204,7 @@ def test_an_abandoned_stream_ends_its_thread():
     before = threading.active_count()
     items = streaming.stream(fill)
     next(items)
-    items.close()  # pyright: ignore[reportAttributeAccessIssue]
+    items.close()
     assert threading.active_count() == before
 
 

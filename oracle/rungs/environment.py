@@ -28,8 +28,10 @@ def run(candidate: Candidate, reference: Reference, probe: Probe) -> RungResult:
 def precision_problems() -> list[str]:
     """Settings under which a matrix product is not computed in its operands' dtype."""
     problems: list[str] = []
-    if jax.config.jax_default_matmul_precision != "highest":
-        problems.append(f"JAX's matmul precision is {jax.config.jax_default_matmul_precision}, not highest")
+    # jax.config declares its options at run time.
+    precision: str | None = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+    if precision != "highest":
+        problems.append(f"JAX's matmul precision is {precision}, not highest")
     if torch.get_float32_matmul_precision() != "highest":
         problems.append(f"torch's matmul precision is {torch.get_float32_matmul_precision()}, not highest")
     if torch.backends.cuda.matmul.allow_tf32:
