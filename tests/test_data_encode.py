@@ -15,10 +15,10 @@ import pytest
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.data import encode as encode_module
 from jaxgpt.data import shard_writer
-from jaxgpt.data.corpus import PIECE, cut
+from jaxgpt.data.corpus import PIECE, Corpus, cut
 from jaxgpt.data.encode import Progress, encode
 from jaxgpt.data.shards import TokenShards
-from jaxgpt.data.sources import documents
+from jaxgpt.data.sources import Skipped, documents
 from jaxgpt.data.statistics import measure
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
@@ -230,6 +230,12 @@ def test_the_held_out_split_goes_by_name_and_stays_when_files_are_added(
         after = texts_of(TokenShards(tmp_path / "b", split), tokenizer)
         assert [text for text in after if text not in new] == before
     assert 4 <= TokenShards(tmp_path / "a", "val").documents <= 22
+
+
+def test_the_held_out_share_is_the_fraction(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 2000)
+    splits = [item[0] for item in Corpus((tmp_path / "x.jsonl",), 0.3).documents() if not isinstance(item, Skipped)]
+    assert splits.count("val") / 2000 == pytest.approx(0.3, abs=0.03)
 
 
 def test_of_a_single_text_file_the_end_is_held_out(tmp_path: Path):
