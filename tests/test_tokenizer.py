@@ -145,6 +145,16 @@ def test_gpt2_needs_no_network_no_cache_and_neither_jax_nor_numpy(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_folder_that_cannot_be_written_is_an_error_with_its_remedy(tmp_path: Path):
+    (tmp_path / "file").touch()
+    code = "from jaxgpt import chat, tokenizer; tokenizer.Tokenizer.create('gpt2', template=chat.PLAIN)"
+    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("jaxgpt.errors.InputError: tiktoken cannot write its cache (")
+    assert last.endswith("); unset TIKTOKEN_CACHE_DIR")
+
+
 @pytest.mark.parametrize("unit", [" ", "\n", "\u3000"])
 def test_a_million_spaces_before_text_encode(unit: str, capfd: pytest.CaptureFixture[str]):
     tokenizer = made("gpt2")
