@@ -131,3 +131,11 @@ def test_the_first_shard_is_judged_by_its_own_ids(folder: Path):
     statistics = TokenShards(folder).judge_first_shard(accept=True)
     ids = np.fromfile(folder / "train-00000.bin", "<u2")
     assert (statistics.tokens, statistics.distinct) == (len(ids), len(np.unique(ids)))
+
+
+def test_the_chat_template_travels_with_the_shards(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("some text to encode, long enough to say something\n" * 40)
+    tokenizer = Tokenizer.create("char", template=TEMPLATES["chatml"], corpus=[text.read_text()])
+    encode(text, tmp_path / "out", tokenizer, template=TEMPLATES["chatml"])
+    assert TokenShards(tmp_path / "out").template() == TEMPLATES["chatml"]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxgpt.chat import Template
 from jaxgpt.data.corpus import PIECE, Corpus, Piece, name_bytes, pieces_of
 from jaxgpt.data.shard_writer import PARTIAL, ShardWriter, as_json, write
 from jaxgpt.data.shards import FORMAT, INDEX, SPLITS, VERSION, TokenShards, read_index
@@ -66,6 +67,7 @@ def encode(
     out: str | Path,
     tokenizer: Tokenizer,
     *,
+    template: Template | None = None,
     shard_tokens: int = 10_000_000,
     val_fraction: float = 0.0,
     workers: int | None = None,
@@ -75,7 +77,9 @@ def encode(
     """Encode the documents of `sources` into shards of about `shard_tokens` in `out`.
 
     The held-out split takes the documents whose name hashes below `val_fraction`;
-    of one single text file it takes the last `val_fraction`. An interrupted encode
+    of one single text file it takes the last `val_fraction`. The tokenizer and the
+    chat `template` whose markers it knows are kept with the shards, so that a model
+    trained on them needs no other input. An interrupted encode
     is continued by the same call; a finished one is returned as it is.
 
     Raises:
@@ -97,6 +101,7 @@ def encode(
         "tokenizer": hashlib.sha256(json.dumps(tokenizer.state(), sort_keys=True).encode()).hexdigest(),
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
+        "template": template.to_dict() if template else None,
     }
     if _is_finished(out, plan):
         return _report(out)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.chat import Template
 from jaxgpt.data.statistics import Statistics, judge, measure, unknown_ids
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
@@ -158,6 +159,11 @@ class TokenShards:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the text was encoded with."""
         return Tokenizer.from_state(self.index["tokenizer"], self.index["model_vocab_size"])
+
+    def template(self) -> Template | None:
+        """The chat template whose markers the tokenizer knows, if it was made for one."""
+        saved = self.index["plan"]["template"]
+        return Template.from_dict(saved) if saved else None
 
     def judge_first_shard(self, *, accept: bool = False) -> Statistics:
         """Statistics of the first shard; refused where they look broken (see `statistics.judge`)."""

@@ -1,0 +1,1 @@
+"""Measuring models: baselines and, later, benchmarks."""
