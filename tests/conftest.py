@@ -23,7 +23,7 @@ GPT2 = ModelConfig(
     vocab_size=131,
     hidden_size=36,
     intermediate_size=52,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=4,
     head_dim=9,
@@ -34,7 +34,7 @@ LLAMA = ModelConfig(
     vocab_size=131,
     hidden_size=42,
     intermediate_size=52,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=6,
     num_key_value_heads=2,
     head_dim=14,
@@ -93,3 +93,8 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
 def random_ids(config: ModelConfig, batch: int, time: int, seed: int = 0) -> jax.Array:
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, time), dtype=np.int32)
     return jax.numpy.asarray(ids)
+
+
+def rounding(values: np.ndarray | jax.Array) -> float:
+    """What float32 rounding can move values of this size by: 32 units in the last place of the largest."""
+    return 32 * float(np.finfo(np.float32).eps) * float(np.abs(np.asarray(values)).max())
