@@ -1,0 +1,33 @@
+"""The reference shares nothing with what it checks: held by its imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import torchref
+
+ALLOWED = {"torch", "safetensors", "jaxtyping", "torchref", *sys.stdlib_module_names}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def test_torchref_imports_torch_safetensors_and_jaxtyping_only() -> None:
+    files = sorted(Path(torchref.__file__).parent.rglob("*.py"))
+    assert len(files) > 5
+    assert {path.name: imported(path) - ALLOWED for path in files} == {path.name: set() for path in files}
+
+
+def test_importing_torchref_loads_neither_jax_nor_jaxgpt_nor_transformers() -> None:
+    code = "import sys, torchref; print([m for m in ('jax', 'jaxgpt', 'transformers', 'flax') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
