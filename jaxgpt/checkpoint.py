@@ -1,0 +1,381 @@
+"""Checkpoints: saved without stopping the run, counted once whole, checked before they are read.
+
+A step is written into `.step-00000120.*.partial`, hashed, forced to disk and renamed;
+only then is it acknowledged. `jaxgpt.step_folder` says what lies in it. Orbax is known
+here and nowhere else, reads nothing that was not verified before, and is imported
+where it is used: it is slow to load.
+"""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxgpt import array_files, manifest, step_folder, weights
+from jaxgpt.array_files import Header, in_bytes
+from jaxgpt.chat import Template
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import InputError
+from jaxgpt.step_folder import DTYPES, CheckpointError, Contents, describe, latest, steps
+from jaxgpt.tokenizer import Tokenizer
+
+__all__ = ["Checkpoint", "CheckpointError", "Contents", "Saving", "describe", "latest", "load", "save", "steps"]
+
+_PROCESS = secrets.token_hex(4)
+"""Marks the partial folders that this process may still be writing."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified step; arrays are numpy, in the dtype they were saved in."""
+
+    path: Path
+    step: int
+    config: ModelConfig
+    stage: str
+    compute_dtype: str
+    eos_token_ids: list[int]
+    tokenizer: Tokenizer | None
+    template: Template | None
+    provenance: dict[str, Any]
+    params: dict[str, np.ndarray]
+    train: dict[str, np.ndarray] | None = None
+    """Read only when asked for."""
+    train_json: dict[str, Any] | None = None
+    notices: list[str] = field(default_factory=list[str])
+    """Lines the caller should print: newer steps that were passed over."""
+
+
+# -- Saving ----------------------------------------------------------------------------
+
+
+class Saving:
+    """A save under way."""
+
+    def __init__(self, future: "Future[Path]"):
+        self._future = future
+
+    def result(self) -> Path:
+        """Wait until the step counts; its folder.
+
+        Raises:
+            CheckpointError: it was not saved; nothing of it is left, and older steps stand.
+        """
+        return self._future.result()
+
+
+def save(directory: str | Path, step: int, contents: Contents, *, keep: int = 2, score: float | None = None) -> Saving:
+    """Begin to save a step; arrays may be donated or changed as soon as this returns.
+
+    When the step counts, all but the last `keep` and the best are deleted. One save at
+    a time: wait for the result before the next into the same folder.
+
+    Args:
+        directory: the run folder.
+        step: not negative; a finished step of that number is replaced.
+        contents: what to save.
+        keep: newest steps to keep, at least 1.
+        score: of this step, less is better; None for none.
+
+    Raises:
+        CheckpointError: contents that could not be loaded again.
+    """
+    directory = Path(directory).absolute()
+    _check(contents)
+    partial = directory / f".step-{step:08d}.{_PROCESS}.partial"
+    future: Future[Path] = Future()
+    try:
+        _clean(directory)
+        _require_space(directory, contents)
+        documents = step_folder.documents(step, contents, score)
+        written = _begin_arrays(partial, contents)
+    except Exception as error:
+        future.set_exception(_not_saved(directory, step, contents, partial, error))
+        return Saving(future)
+
+    def finish() -> None:
+        try:
+            written.result()
+            for name, text in documents.items():
+                (partial / name).write_text(text, "utf-8")
+            _seal(partial)
+            path = _acknowledge(partial, directory / f"step-{step:08d}")
+        except BaseException as error:
+            future.set_exception(_not_saved(directory, step, contents, partial, error))
+            return
+        # A step that cannot be deleted is no reason to doubt the one that was saved.
+        with suppress(OSError):
+            _thin(directory, step, keep)
+        future.set_result(path)
+
+    threading.Thread(target=finish, name=f"save step {step}").start()
+    return Saving(future)
+
+
+def _check(contents: Contents) -> None:
+    if contents.stage not in step_folder.STAGES or contents.compute_dtype not in DTYPES:
+        raise CheckpointError(f"stage {contents.stage!r} or compute dtype {contents.compute_dtype!r} is unknown")
+    tokenizer, rows = contents.tokenizer, contents.config.vocab_size
+    if tokenizer is not None and tokenizer.model_vocab_size != rows:
+        raise CheckpointError(f"tokenizer has {tokenizer.model_vocab_size:,} tokens, model embeds {rows:,}")
+    _compare(contents.config, {name: Header(a.shape, str(a.dtype)) for name, a in contents.params.items()}, "array")
+    for name, array in (contents.train or {}).items():
+        if not array_files.NAME.fullmatch(name) or not array.size:
+            raise CheckpointError(f"training state {name!r} of shape {list(array.shape)} cannot be saved")
+
+
+def _begin_arrays(partial: Path, contents: Contents) -> Any:
+    ocp = _orbax()
+    trees = {"params": dict(contents.params)}
+    if contents.train is not None:
+        trees["train"] = dict(contents.train)
+    with _storage():
+        return ocp.save_checkpointables_async(partial, trees)
+
+
+def _seal(partial: Path) -> None:
+    """Hash, after a look whether `load` would take it: another Orbax may store otherwise."""
+    sizes = {name: path.stat().st_size for name, path in manifest.files(partial).items()}
+    for tree in ("params", "train"):
+        if (partial / tree).exists():
+            array_files.headers(partial / tree, _below(tree, sizes))
+    # Orbax notes there the path of the partial folder, which means nothing elsewhere.
+    (partial / "commit_success.txt").unlink(missing_ok=True)
+    manifest.seal(partial)
+
+
+def _acknowledge(partial: Path, final: Path) -> Path:
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    manifest.sync(final.parent)
+    _delete(replaced)
+    return final
+
+
+def _clean(directory: Path) -> None:
+    """Make the folder, and remove what a killed process left in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, path in step_folder.folders(directory).items():
+        if step_folder.REPLACED.fullmatch(path.name):
+            os.rename(path, directory / f"step-{number:08d}")
+    for path in directory.glob(".step-*"):
+        mine = f".{_PROCESS}.partial" in path.name
+        if not mine and re.fullmatch(r"\.step-\d+\.(\w+\.partial.*|replaced|trash)", path.name):
+            _delete(path)
+
+
+def _thin(directory: Path, saved: int, keep: int) -> None:
+    """Delete all steps but the one just saved, the last `keep` and the best."""
+    found = step_folder.folders(directory)
+    scores = {number: score for number, path in found.items() if (score := step_folder.score_of(path)) is not None}
+    best = min(scores, key=lambda number: (scores[number], number), default=None)
+    for number in found.keys() - {saved, best, *sorted(found)[-keep:]}:
+        # Renamed first: a kill in the middle must not leave half a step that counts.
+        trash = directory / f".step-{number:08d}.trash"
+        os.rename(found[number], trash)
+        _delete(trash)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _require_space(directory: Path, contents: Contents) -> None:
+    if _bytes(contents) > shutil.disk_usage(directory).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _bytes(contents: Contents) -> int:
+    return sum(array.nbytes for tree in (contents.params, contents.train or {}) for array in tree.values())
+
+
+def _not_saved(directory: Path, step: int, contents: Contents, partial: Path, error: BaseException) -> CheckpointError:
+    for path in directory.glob(f"{partial.name}*"):
+        _delete(path)
+    good = steps(directory)
+    last = f"last good step {good[-1]}" if good else "no step was saved before"
+    full = any(number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text for number, text in _chain(error))
+    if full:
+        free = shutil.disk_usage(directory).free
+        reason = f"disk full (need {in_bytes(_bytes(contents))}, {in_bytes(free)} free)"
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    problem = CheckpointError(f"step {step} was not saved: {reason}; {last}")
+    problem.__cause__ = error
+    return problem
+
+
+def _chain(error: BaseException | None) -> Iterator[tuple[int | None, str]]:
+    while error is not None:
+        yield getattr(error, "errno", None), str(error)
+        error = error.__cause__ or error.__context__
+
+
+# -- Loading ---------------------------------------------------------------------------
+
+
+def load(
+    directory: str | Path,
+    *,
+    train: bool = False,
+    step: int | None = None,
+    cast: Literal["float32", "bfloat16", "float16"] | None = None,
+    fallback: bool = False,
+) -> Checkpoint:
+    """Load a step after everything about it was checked.
+
+    Args:
+        directory: a run folder, or one step's folder.
+        train: read the training state as well, and remove what a killed process left.
+        step: which; the newest if None.
+        cast: convert parameters to this dtype.
+        fallback: pass over steps that fail their manifest, with a notice for each.
+
+    Raises:
+        CheckpointError: no such step, or one that fails a check; the file is named.
+    """
+    directory = Path(directory).absolute()
+    if train and steps(directory):
+        _clean(directory)
+    candidates = step_folder.candidates(directory, step)
+    notices: list[str] = []
+    for number, path in enumerate(candidates):
+        name = step_folder.title(path)
+        try:
+            sizes = manifest.verify(path, unhashed=() if train else ("train",))
+        except InputError as error:
+            notices.append(f"{name}: {error}")
+            if fallback and path != candidates[-1]:
+                continue
+            remedy = "no verified step is left" if fallback else "restore it or load an older step"
+            raise CheckpointError(f"{'; '.join(notices)}; {remedy}") from None
+        found = _load_verified(path, name, sizes, train=train, cast=cast)
+        if train:
+            _set_aside(candidates[:number])
+        found.notices.extend(f"{notice}; using verified step {found.step}" for notice in notices)
+        return found
+    raise AssertionError("there is at least one candidate")
+
+
+def _set_aside(damaged: Sequence[Path]) -> None:
+    """Damaged steps stop counting, so that training from an older one does not count them as newest."""
+    for path in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        _delete(aside)
+        os.rename(path, aside)
+
+
+def _load_verified(path: Path, name: str, sizes: Mapping[str, int], *, train: bool, cast: str | None) -> Checkpoint:
+    try:
+        described = step_folder.read(path)
+        config = described.config
+        headers = array_files.headers(path / "params", _below("params", sizes))
+        _compare(config, headers, "file")
+        _compare_dtypes(headers, described.dtypes, cast)
+        params = _read_arrays(path, "params", headers)
+        state = None
+        if train and (path / "train").is_dir():
+            state = _read_arrays(path, "train", array_files.headers(path / "train", _below("train", sizes)))
+    except InputError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if cast is not None:
+        params = {key: array.astype(_dtype(cast)) for key, array in params.items()}
+    return Checkpoint(
+        path=path,
+        step=described.step,
+        config=config,
+        stage=described.stage,
+        compute_dtype=described.compute_dtype,
+        eos_token_ids=described.eos_token_ids,
+        tokenizer=described.tokenizer,
+        template=described.template,
+        provenance=described.provenance,
+        params=params,
+        train=state,
+        train_json=step_folder.document(path, step_folder.TRAIN) if train else None,
+    )
+
+
+def _compare(config: ModelConfig, headers: Mapping[str, Header], source: str) -> None:
+    """Refuse arrays that are not exactly the model's parameters; all differences in one line."""
+    if config.num_hidden_layers > len(headers):
+        # Before the names of that many layers are spelled out.
+        raise CheckpointError(f"model has {config.num_hidden_layers:,} layers, {source} has {len(headers)} arrays")
+    expected = {p.name: p.shape for p in weights.parameters(config)}
+    problems = [f"params.{name}: missing" for name in expected if name not in headers]
+    problems += [f"params.{name}: not in the model" for name in sorted(headers.keys() - expected.keys())]
+    for name, shape in expected.items():
+        if name in headers and headers[name].shape != shape:
+            problems.append(f"params.{name}: {source} {_brackets(headers[name].shape)}, model {_brackets(shape)}")
+        elif name in headers and headers[name].dtype not in DTYPES:
+            problems.append(f"params.{name}: {source} {headers[name].dtype}, expected one of {', '.join(DTYPES)}")
+    if problems:
+        raise CheckpointError("; ".join([*problems[:3], *([f"+{len(problems) - 3} more"] if problems[3:] else [])]))
+
+
+def _brackets(shape: Sequence[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _compare_dtypes(headers: Mapping[str, Header], requested: Mapping[str, str], cast: str | None) -> None:
+    for name, header in headers.items():
+        wanted = requested.get(name)
+        if header.dtype != wanted and cast is None:
+            raise InputError(f"params.{name} is {header.dtype}, requested {wanted}; pass --cast {wanted}")
+
+
+def _below(tree: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    return {name.removeprefix(f"{tree}/"): size for name, size in sizes.items() if name.startswith(f"{tree}/")}
+
+
+# -- Orbax -----------------------------------------------------------------------------
+
+
+def _orbax() -> Any:
+    import logging
+
+    # Orbax reports on its own thread what `Saving.result` raises, and warns of storage chosen on purpose.
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    try:
+        from orbax.checkpoint import v1 as ocp
+    except ImportError:
+        from orbax.checkpoint.experimental import v1 as ocp
+    return ocp
+
+
+def _storage() -> Any:
+    """One folder an array, uncompressed: what `array_files` can check."""
+    context = _orbax().Context()
+    saving = context.array.saving
+    saving.use_ocdbt = False
+    saving.use_zarr3 = True
+    saving.use_compression = False
+    saving.enable_write_sharding_file = False
+    saving.array_metadata_store = None
+    return context
+
+
+def _read_arrays(path: Path, tree: str, headers: Mapping[str, Header]) -> dict[str, np.ndarray]:
+    # Numpy targets: no device is touched, and 64-bit integers stay whole.
+    target = {name: np.broadcast_to(np.zeros((), _dtype(h.dtype)), h.shape) for name, h in headers.items()}
+    with _storage():
+        loaded = _orbax().load(path, target, checkpointable_name=tree)
+    return dict(loaded)
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    import jax.numpy as jnp
+
+    return jnp.dtype(name)
