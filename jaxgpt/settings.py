@@ -4,8 +4,8 @@ Framework-free. A flag exists because a field here does; its help is the field's
 docstring. `jaxgpt.options` builds parsers and reads config files from these.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jaxgpt.errors import InputError
 
@@ -183,3 +183,188 @@ class SFTSettings:
     pack: bool = True
     """several episodes in a row, without attention between them"""
     train: TrainSettings = TrainSettings(learning_rate=3e-4, weight_decay=0.0, epochs=1000, eval_every=50)
+
+
+# -- What verbs of the command line are told -------------------------------------------
+
+_POSITIONAL: dict[str, Any] = {"metadata": {"positional": True}}
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """How any verb reports."""
+
+    json: bool = False
+    """results as JSON on stdout, one object a line; everything else goes to stderr"""
+    debug: bool = False
+    """print stop tokens, and where an error of input was found"""
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """`jaxgpt generate`: continue texts or conversations."""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder"""
+    prompts: tuple[str, ...] = field(default=(), **_POSITIONAL)
+    """texts to continue; several are one batch"""
+    messages: str = ""
+    """conversations to answer: JSON (a list of messages) or chat JSONL"""
+    device: Device = "auto"
+    """a device that is asked for and missing is an error"""
+    compute_dtype: ComputeDtype | None = None
+    """dtype of activations and cache; the checkpoint's unless given"""
+    generation: GenerationSettings = GenerationSettings()
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """`jaxgpt chat`: talk with a checkpoint."""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder"""
+    message: str | None = field(default=None, **_POSITIONAL)
+    """one message to answer; a conversation unless given"""
+    system: str = ""
+    """system message that opens the conversation"""
+    raw: bool = False
+    """continue the text as it is, without a chat template"""
+    chat: bool = False
+    """use the chat template although the checkpoint is a base model"""
+    greedy: bool = False
+    """the most likely token, every time: temperature 0"""
+    num_samples: int = 1
+    """replies to one message, each with the next seed"""
+    device: Device = "auto"
+    """a device that is asked for and missing is an error"""
+    compute_dtype: ComputeDtype | None = None
+    """dtype of activations and cache; the checkpoint's unless given"""
+    generation: GenerationSettings = GenerationSettings()
+
+    def __post_init__(self) -> None:
+        if self.raw and self.chat:
+            raise InputError("--raw and --chat exclude each other; drop one")
+        if self.raw and self.system:
+            raise InputError("--system needs the chat template; drop --raw, or put the text into the message")
+        if self.greedy and self.generation.temperature > 0:
+            raise InputError(f"--greedy and --temperature {self.generation.temperature:g} contradict; drop one")
+        if self.num_samples < 1:
+            raise InputError(f"num_samples must be at least 1, got {self.num_samples}")
+        if self.num_samples > 1 and self.message is None:
+            raise InputError("--num-samples needs a message to answer; give one after the folder")
+        if self.num_samples > 1 and self.generation.temperature <= 0:
+            raise InputError("--num-samples of a greedy reply are all the same; add --temperature 0.8")
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """`jaxgpt check`: is what trains what answers?"""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder"""
+    all: bool = False
+    """go on after the first failure"""
+    memorize: bool | None = None
+    """train on one batch until it is known by heart; by itself below 50 M parameters"""
+    device: Device = "auto"
+    """a device that is asked for and missing is an error"""
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """`jaxgpt inspect`: what a checkpoint or Hugging Face folder holds."""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder, or a Hugging Face folder"""
+    tensors: bool = False
+    """every tensor's shape, dtype, statistics and first elements"""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """`jaxgpt bench`: how fast a checkpoint reads and writes."""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder"""
+    iterations: int = 5
+    """measured runs, after one that compiles"""
+    max_tokens: int = 128
+    """tokens to generate in each run"""
+    floor: float | None = None
+    """tokens/s of decoding below which the benchmark fails"""
+    device: Device = "auto"
+    """a device that is asked for and missing is an error"""
+    compute_dtype: ComputeDtype | None = None
+    """dtype of activations and cache; the checkpoint's unless given"""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise InputError(f"iterations must be at least 1, got {self.iterations}")
+        if self.max_tokens < 2:
+            raise InputError(f"max_tokens must be at least 2, got {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """`jaxgpt import`: a Hugging Face folder as a checkpoint."""
+
+    source: str = field(**_POSITIONAL)
+    """Hugging Face folder: config.json and safetensors"""
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder to write"""
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    """dtype of the weights; keep is the file's"""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """`jaxgpt export`: a checkpoint for other programs."""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder"""
+    out: str = field(**_POSITIONAL)
+    """folder to write"""
+    format: Literal["hf"] = "hf"
+    """hf is a Hugging Face folder: config.json and safetensors"""
+
+
+@dataclass(frozen=True)
+class DataEncodeSettings:
+    """`jaxgpt data encode`: text to token shards."""
+
+    sources: tuple[str, ...] = field(default=("stdlib",), **_POSITIONAL)
+    """folders, text or .jsonl files; stdlib is the Python standard library's source"""
+    out: str = ""
+    """folder to write"""
+    tokenizer: Literal["char", "gpt2"] = "gpt2"
+    """kind of tokenizer; char learns its characters from the sources"""
+    template: Literal["chatml", "tags", "plain"] = "chatml"
+    """chat template whose special tokens get ids, so that SFT can follow"""
+    model: str = ""
+    """checkpoint whose tokenizer and template to use instead"""
+    val_fraction: float = 0.05
+    """share of the documents that is held out"""
+    shard_tokens: int = 10_000_000
+    """tokens of a shard"""
+    workers: int | None = None
+    """threads; one a core unless given"""
+    accept: bool = False
+    """go on although the first documents look broken"""
+
+
+@dataclass(frozen=True)
+class DataInspectSettings:
+    """`jaxgpt data inspect`: what SFT would train on."""
+
+    file: str = field(**_POSITIONAL)
+    """chat JSONL"""
+    model: str = ""
+    """checkpoint whose tokenizer and template to use"""
+    tokenizer: Literal["char", "gpt2"] = "gpt2"
+    """kind of tokenizer where no checkpoint is given; char learns its characters from the file"""
+    template: Literal["", "chatml", "tags", "plain"] = ""
+    """chat template; the checkpoint's own, or chatml, unless given"""
+    sequence_length: int = 1024
+    """T: longer episodes are dropped in SFT"""
+    episodes: int = 3
+    """episodes to show"""

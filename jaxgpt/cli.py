@@ -1,0 +1,147 @@
+"""The command `jaxgpt`: finds the verb, builds its settings, calls its one function.
+
+Only the standard library is imported here; a verb's module, and what is heavy in
+it, is imported when that verb was chosen.
+"""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from jaxgpt import __version__, options
+from jaxgpt import settings as s
+from jaxgpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing the command can do."""
+
+    name: str
+    settings: type
+    run: str
+    """`module:function` of `jaxgpt.verbs`; the function takes settings and `Output`."""
+    summary: str
+
+
+VERBS = (
+    Verb("data encode", s.DataEncodeSettings, "data:encode", "text, JSONL or source files to token shards"),
+    Verb("data inspect", s.DataInspectSettings, "data:inspect", "show which tokens of chat JSONL are trained"),
+    Verb("pretrain", s.PretrainSettings, "train:pretrain", "train a base model on token shards"),
+    Verb("sft", s.SFTSettings, "train:sft", "teach a model to answer, from chat JSONL"),
+    Verb("generate", s.GenerateSettings, "talk:generate", "continue texts, or answer conversations"),
+    Verb("chat", s.ChatSettings, "talk:chat", "talk with a model"),
+    Verb("check", s.CheckSettings, "check:check", "prove that training and inference are the same model"),
+    Verb("inspect", s.InspectSettings, "look:inspect", "say what a checkpoint or Hugging Face folder holds"),
+    Verb("bench", s.BenchSettings, "bench:bench", "measure prefill and decode speed"),
+    Verb("import", s.ImportSettings, "convert:import_", "turn a Hugging Face folder into a checkpoint"),
+    Verb("export", s.ExportSettings, "convert:export", "turn a checkpoint into a Hugging Face folder"),
+)
+
+EXAMPLES = """\
+  jaxgpt data encode stdlib --out data --tokenizer char
+  jaxgpt pretrain --data data --out base --steps 600
+  jaxgpt sft --model base --data chats.jsonl --out assistant
+  jaxgpt chat assistant
+  jaxgpt generate base "def main(" --temperature 0.8 --max-new-tokens 64
+"""
+BUG = "jaxgpt: this is a bug in jaxgpt {}; please open an issue with the lines above and the command"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0 done, 1 a failed check or a bug, 2 input that cannot be used, 130 Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read stdout has gone; flushing at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:
+        if error.filename is None or debug:
+            return _report_bug()
+        return _refuse(f"{error.filename}: {error.strerror}; check that it exists and may be used")
+    except Exception:
+        return _report_bug()
+
+
+def _refuse(message: str) -> int:
+    print(f"jaxgpt: {_one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    print(BUG.format(__version__), file=sys.stderr)
+    return 1
+
+
+def _one_line(message: str) -> str:
+    """Text that a user gave may be in it: nothing in it moves the cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in message)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_help(), end="")
+        return 0
+    if words[0] in ("--version", "-V"):
+        print(f"jaxgpt {__version__}")
+        return 0
+    if words in (["data"], ["data", "--help"], ["data", "-h"]):
+        print("\n".join(_lines([verb for verb in VERBS if verb.name.startswith("data ")])))
+        return 0
+    verb, rest = _verb(words)
+    before_text = rest[: rest.index("--")] if "--" in rest else rest
+    if "--help" in before_text or "-h" in before_text:
+        print(options.usage(verb.settings, f"jaxgpt {verb.name}", verb.summary), end="")
+        return 0
+    parsed = options.parse(verb.settings, rest, f"jaxgpt {verb.name}")
+    module, _, function = verb.run.partition(":")
+    from jaxgpt.verbs.output import Output
+
+    with Output.opened(parsed.output, parsed.given) as output:
+        return getattr(import_module(f"jaxgpt.verbs.{module}"), function)(parsed.settings, output)
+
+
+def _verb(words: list[str]) -> tuple[Verb, list[str]]:
+    for verb in VERBS:
+        parts = verb.name.split()
+        if words[: len(parts)] == parts:
+            return verb, words[len(parts) :]
+    asked = " ".join(words[:2] if words[0] == "data" else words[:1])
+    if asked.startswith("-"):
+        raise InputError(f"the verb comes first, got {asked}; for example `jaxgpt chat DIRECTORY`, see `jaxgpt --help`")
+    known = [verb.name for verb in VERBS]
+    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)[0]
+    raise InputError(f"unknown verb {asked!r}; the nearest is {near}; see `jaxgpt --help`")
+
+
+def _lines(verbs: Sequence[Verb]) -> list[str]:
+    return [f"  {verb.name:<14}{verb.summary}" for verb in verbs]
+
+
+def _help() -> str:
+    head = "usage: jaxgpt VERB …\n\nTrain, fine-tune, chat with, check and convert GPT-2- and Llama-class models.\n"
+    tail = "`jaxgpt VERB --help` shows a verb's flags. Every verb takes --config FILE.toml, --json and --debug."
+    return "\n".join([head, "verbs:", *_lines(VERBS), "", "examples:", f"{EXAMPLES}\n{tail}\n"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

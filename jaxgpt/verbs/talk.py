@@ -1,0 +1,119 @@
+"""`jaxgpt generate` and `jaxgpt chat`."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from jaxgpt.errors import InputError
+from jaxgpt.settings import ChatSettings, GenerateSettings, GenerationSettings
+from jaxgpt.verbs.conversations import read_conversations
+from jaxgpt.verbs.output import Output, waiting
+
+if TYPE_CHECKING:
+    from jaxgpt.chat_session import ChatSession
+    from jaxgpt.lm import LM, Piece
+
+
+def generate(settings: GenerateSettings, output: Output) -> int:
+    """Continue each prompt; one prompt is streamed, several are a batch."""
+    prompts: list[Any] = list(settings.prompts)
+    if bool(prompts) == bool(settings.messages):
+        got = "both" if prompts else "neither"
+        raise InputError(f'expected a prompt or --messages FILE, got {got}; for example `jaxgpt generate DIR "def "`')
+    if settings.messages:
+        prompts = list(read_conversations(settings.messages))
+    lm = _load(settings, output)
+    chosen = settings.generation
+    if settings.messages:
+        _refuse_answered(prompts, settings.messages, lm)
+        # A template without end tokens ends its turns with text.
+        chosen = dataclasses.replace(chosen, stop=(*chosen.stop, *(lm.template.stop_strings if lm.template else ())))
+    if len(prompts) == 1 and not output.json:
+        print_pieces(lm.stream(prompts[0], **_fields(chosen)), output)
+    else:
+        _batch(lm, prompts, chosen, output)
+    return 0
+
+
+def _refuse_answered(conversations: list[Any], file: str, lm: "LM") -> None:
+    role = lm.template.trained_role if lm.template else "assistant"
+    for number, messages in enumerate(conversations, start=1):
+        if messages[-1].get("role") == role:
+            raise InputError(f"{file}: conversation {number} ends with the {role}; end it with a message to answer")
+
+
+def _batch(lm: "LM", prompts: list[Any], chosen: GenerationSettings, output: Output) -> None:
+    for number, (prompt, done) in enumerate(
+        zip(prompts, lm.generate(prompts, **_fields(chosen)), strict=True), start=1
+    ):
+        if output.json:
+            output.result({"prompt": prompt, **dataclasses.asdict(done)})
+        else:
+            output.say(f"[{number}/{len(prompts)}]\n{done.text}")
+
+
+def chat(settings: ChatSettings, output: Output) -> int:
+    """One reply, or a conversation."""
+    from jaxgpt.chat_session import ChatSession
+    from jaxgpt.verbs.repl import Repl
+
+    lm = _load(settings, output)
+    raw = settings.raw or (lm.stage == "base" and not settings.chat)
+    chosen = dataclasses.replace(settings.generation, temperature=0.0) if settings.greedy else settings.generation
+    if raw and settings.system:
+        raise InputError(f"--system needs the chat template, {settings.directory} is a base model; add --chat")
+    session = ChatSession(lm, system=settings.system or None, settings=chosen, raw=raw)
+    if session.template and session.template.warning:
+        output.note(session.template.warning)
+    if settings.message is None:
+        return Repl(session, output).run()
+    _replies(session, settings, settings.message, output)
+    return 0
+
+
+def _replies(session: "ChatSession", settings: ChatSettings, message: str, output: Output) -> None:
+    for number in range(settings.num_samples):
+        chosen = dataclasses.replace(session.settings, seed=settings.generation.seed + number)
+        session.configure(chosen)
+        pieces = session.regenerate() if number else session.send(message)
+        if not output.json and settings.num_samples > 1:
+            output.say(f"[{number + 1}/{settings.num_samples}]")
+        reply(pieces, output, message=message, seed=chosen.seed)
+
+
+def reply(pieces: "Iterable[Piece]", output: Output, **also: Any) -> str:
+    """Print a reply as it comes, or as one JSON object with `also`; returns why it ended."""
+    if not output.json:
+        return print_pieces(pieces, output)
+    text, ids, reason = "", list[int](), ""
+    for piece in pieces:
+        text += piece.text
+        ids += piece.ids
+        reason = piece.stop_reason or reason
+    output.result({**also, "text": text, "ids": ids, "stop_reason": reason})
+    return reason
+
+
+def print_pieces(pieces: "Iterable[Piece]", output: Output) -> str:
+    """Text as it comes, then a line break; returns why it ended."""
+    reason = ""
+    for piece in pieces:
+        output.say(piece.text, end="")
+        reason = piece.stop_reason or reason
+    output.say()
+    return reason
+
+
+def _fields(chosen: GenerationSettings) -> dict[str, Any]:
+    return {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+
+
+def _load(settings: GenerateSettings | ChatSettings, output: Output) -> "LM":
+    from jaxgpt import lm
+
+    with waiting("loading"):
+        loaded = lm.load(settings.directory, device=settings.device, compute_dtype=settings.compute_dtype)
+    if output.settings.debug:
+        names = (f"{i} {loaded.tokenizer.token_name(i) if loaded.tokenizer else ''}" for i in loaded.stop_ids)
+        output.note(f"stop tokens: {', '.join(names) or 'none'}; compute dtype: {loaded.compute_dtype}")
+    return loaded

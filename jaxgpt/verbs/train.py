@@ -1,0 +1,56 @@
+"""`jaxgpt pretrain` and `jaxgpt sft`."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from jaxgpt.errors import InputError
+from jaxgpt.settings import PretrainSettings, SFTSettings
+from jaxgpt.verbs.output import Output
+
+if TYPE_CHECKING:
+    from jaxgpt.training_loop import TrainResult
+
+ALLOWED_ON_RESUME = {"--out", "--resume", "--json", "--debug"}
+
+
+def pretrain(settings: PretrainSettings, output: Output) -> int:
+    """Train a base model on token shards."""
+    _check(settings, output)
+    _required("--data", settings.data or settings.resume, "a folder written by `jaxgpt data encode`")
+    from jaxgpt import train
+
+    return _ended(train.pretrain(settings), output)
+
+
+def sft(settings: SFTSettings, output: Output) -> int:
+    """Fine-tune a checkpoint on conversations."""
+    _check(settings, output)
+    _required("--model", settings.model or settings.resume, "the checkpoint to start from")
+    _required("--data", settings.data or settings.resume, "a file of chat JSONL")
+    from jaxgpt import train
+
+    return _ended(train.sft(settings), output)
+
+
+def _required(flag: str, given: object, meaning: str) -> None:
+    if not given:
+        raise InputError(f"{flag} is missing; give {meaning}")
+
+
+def _check(settings: PretrainSettings | SFTSettings, output: Output) -> None:
+    _required("--out", settings.out, "a folder for checkpoints and logs")
+    changed = [flag for flag in output.given if flag not in ALLOWED_ON_RESUME]
+    if settings.resume and changed:
+        raise InputError(
+            f"--resume goes on with the settings the run was started with, got {' '.join(changed)} too; "
+            "drop it, or start a new run from this one's checkpoint"
+        )
+
+
+def _ended(result: "TrainResult", output: Output) -> int:
+    if output.json:
+        output.result(dataclasses.asdict(result))
+    validation = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
+    output.say(f"step {result.step}: loss {result.loss:.4f}{validation}; saved in {result.out}")
+    # A signal ended it early, with everything saved; scripts must not take that for done.
+    return 130 if result.stop_reason == "signal" else 0
