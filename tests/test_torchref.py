@@ -417,6 +417,27 @@ def test_masked_scores_are_exactly_the_smallest_float32(pair: Pair, dtype: torch
 CASES_HEADS = {"GPT2LMHeadModel": 4, "LlamaForCausalLM": 6, "Qwen2ForCausalLM": 6}
 
 
+def test_a_bfloat16_model_rounds_scores_and_logits_to_float32_and_the_rest_once(pair: Pair) -> None:
+    config, vocab = vocabulary(pair)
+    model = pair.ours(torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        taps, inputs = recorded(model, cached=False)
+        for op in vocab.ops(config):
+            # In each of these, one rounding stands between the exact value and the tap.
+            if not op.tap.endswith(("norm", "_rope", "scores", "weights", "logits")):
+                continue
+            given = [{**inputs, **taps}[name] for name in op.inputs]
+            truth = exact.run_op(op.tap, [x.double() if x.is_floating_point() else x for x in given])
+            error = (taps[op.tap].double() - truth).abs()
+            if op.tap.endswith(("scores", "logits")):
+                assert error.max() <= 16 * torch.finfo(torch.float32).eps * truth.abs().max(), op.tap
+            else:
+                unit = torch.finfo(torch.bfloat16).eps / 2
+                slack = 16 * torch.finfo(torch.float32).eps * truth.abs().max()
+                assert (error <= unit * truth.abs() + slack).all(), op.tap
+
+
 # -- Folders ---------------------------------------------------------------------------
 
 
