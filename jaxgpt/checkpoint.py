@@ -1,6 +1,6 @@
 """Checkpoints: saved without stopping the run, counted once whole, checked before they are read.
 
-A step is written into `.step-00000120.*.partial`, hashed, forced to disk and renamed;
+A step is written into `.step-00000120.partial`, hashed, forced to disk and renamed;
 only then is it acknowledged. `jaxgpt.step_folder` says what lies in it. Orbax is known
 here and nowhere else, reads nothing that was not verified before, and is imported
 where it is used: it is slow to load.
@@ -9,7 +9,6 @@ where it is used: it is slow to load.
 import errno
 import os
 import re
-import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +30,8 @@ from jaxgpt.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "CheckpointError", "Contents", "Saving", "describe", "latest", "load", "save", "steps"]
 
-_PROCESS = secrets.token_hex(4)
-"""Marks the partial folders that this process may still be writing."""
+_BLOCK = 4096
+"""Bytes in which a file system hands out space."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def save(directory: str | Path, step: int, contents: Contents, *, keep: int = 2,
     """
     directory = Path(directory).absolute()
     _check(contents)
-    partial = directory / f".step-{step:08d}.{_PROCESS}.partial"
+    partial = directory / f".step-{step:08d}.partial"
     future: Future[Path] = Future()
     try:
         _clean(directory)
@@ -171,8 +170,7 @@ def _clean(directory: Path) -> None:
         if step_folder.REPLACED.fullmatch(path.name):
             os.rename(path, directory / f"step-{number:08d}")
     for path in directory.glob(".step-*"):
-        mine = f".{_PROCESS}.partial" in path.name
-        if not mine and re.fullmatch(r"\.step-\d+\.(\w+\.partial.*|replaced|trash)", path.name):
+        if re.fullmatch(r"\.step-\d+\.(partial.*|replaced|trash)", path.name):
             _delete(path)
 
 
@@ -198,7 +196,9 @@ def _require_space(directory: Path, contents: Contents) -> None:
 
 
 def _bytes(contents: Contents) -> int:
-    return sum(array.nbytes for tree in (contents.params, contents.train or {}) for array in tree.values())
+    """Disk space of the arrays, with a block each for two files and three folders."""
+    arrays = [*contents.params.values(), *(contents.train or {}).values()]
+    return sum((-(-array.nbytes // _BLOCK) + 5) * _BLOCK for array in arrays)
 
 
 def _not_saved(directory: Path, step: int, contents: Contents, partial: Path, error: BaseException) -> CheckpointError:

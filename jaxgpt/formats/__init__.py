@@ -1,0 +1,1 @@
+"""Other programs' model files: containers and metadata. Names and layouts come from `jaxgpt.weights`."""

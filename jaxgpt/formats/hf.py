@@ -1,0 +1,329 @@
+"""Hugging Face model folders of GPT-2, Llama and Qwen2: config.json, safetensors, tokenizer files.
+
+What another program wrote is taken exactly or refused: every tensor must be one of
+the model's, dtypes are those of the tensors' own headers, and what is left out is said.
+"""
+
+import json
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxgpt import checkpoint, config, manifest, weights
+from jaxgpt.chat import TEMPLATES, Template
+from jaxgpt.checkpoint import Checkpoint, Contents
+from jaxgpt.config import ModelConfig
+from jaxgpt.errors import InputError, first
+from jaxgpt.formats import safetensors_file
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.vocabulary import GPT2_FILES, gpt2_files
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+"""Constants that old files carry beside the parameters."""
+_TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+"""Hugging Face's names of GPT-2's vocabulary files, and OpenAI's."""
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face folder in jaxgpt's terms."""
+
+    config: ModelConfig
+    params: dict[str, np.ndarray]
+    """Views of the mapped files, in the dtypes of their headers."""
+    dtype: str
+    """That of most parameters."""
+    eos_token_ids: list[int]
+    tokenizer: Tokenizer | None
+    template: Template | None
+    """The chat template whose tokens the tokenizer has, where there is one."""
+    notices: list[str] = field(default_factory=list[str])
+    """Lines the caller should print: what was left out or looks odd."""
+
+
+# -- Reading ---------------------------------------------------------------------------
+
+
+def read(folder: str | Path) -> HFModel:
+    """Read a folder of `gpt2`, `llama` or `qwen2`, single or sharded, float32, bfloat16 or float16.
+
+    Raises:
+        InputError: a file that is missing, damaged or lies; an architecture jaxgpt does
+            not have; tensors that are not exactly the model's.
+    """
+    folder = Path(folder)
+    notices: list[str] = []
+    hf = _read_json(folder / "config.json")
+    model_config = config.from_hf(hf)
+    source, tensors = _read_tensors(folder, notices)
+    if hf["model_type"] == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
+        tensors = {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in tensors.items()}
+    _drop_tied_head(model_config, tensors, notices)
+    if model_config.num_hidden_layers > len(tensors):
+        # Before the names of that many layers are spelled out.
+        layers = f"{model_config.num_hidden_layers:,}"
+        raise InputError(f"config.json has num_hidden_layers={layers}, {source} has {len(tensors)} tensors")
+    try:
+        params = weights.from_hf(model_config, tensors)
+    except InputError as error:
+        raise InputError(str(error).replace("the weights file", source, 1)) from None
+    dtype = Counter(str(array.dtype) for array in params.values()).most_common(1)[0][0]
+    _say_oddities(hf, params, dtype, notices)
+    eos = _eos_token_ids(folder, hf, model_config.vocab_size, notices)
+    tokenizer, template = _tokenizer(folder, model_config, notices)
+    return HFModel(model_config, params, dtype, eos, tokenizer, template, notices)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not readable JSON") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return content
+
+
+def _read_tensors(folder: Path, notices: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """The file that messages name, and every parameter's tensor."""
+    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight files are not read")
+    if (folder / WEIGHTS).exists():
+        source, shards = WEIGHTS, {WEIGHTS: None}
+    else:
+        source, shards = INDEX, _shards(folder)
+    tensors: dict[str, np.ndarray] = {}
+    dropped: list[str] = []
+    for file, expected in shards.items():
+        header, begin = safetensors_file.read_header(folder / file)
+        if expected is not None and expected != header.keys():
+            wrong = sorted(expected ^ header.keys())
+            raise InputError(f"{INDEX} and {file} disagree on {len(wrong)} tensors (first: {first(wrong)})")
+        for name, entry in header.items():
+            if _BUFFER.search(name):
+                dropped.append(name)
+                continue
+            if entry["dtype"] not in safetensors_file.DTYPES:
+                known = ", ".join(safetensors_file.DTYPES)
+                raise InputError(f"{file}: tensor {name} is {entry['dtype']}; jaxgpt reads {known}")
+            tensors[name] = safetensors_file.read_tensor(folder / file, entry, begin)
+    if dropped:
+        notices.append(f"dropped {len(dropped)} constants that are no parameters ({first(sorted(dropped), 2)})")
+    return source, tensors
+
+
+def _shards(folder: Path) -> dict[str, set[str]]:
+    """Tensor names by shard, from the index."""
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{INDEX} has no weight_map from tensors to files")
+    shards: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file or "\\" in file or file in (".", "..", ""):
+            raise InputError(f"index names {file}, outside the model directory; refused")
+        shards.setdefault(file, set()).add(name)
+    return shards
+
+
+def _drop_tied_head(model_config: ModelConfig, tensors: dict[str, np.ndarray], notices: list[str]) -> None:
+    """A tied model's file may repeat the embedding as its head; nothing else may stand there."""
+    if not model_config.tie_word_embeddings or "lm_head.weight" not in tensors:
+        return
+    head = tensors.pop("lm_head.weight")
+    embedding = "transformer.wte.weight" if "transformer.wte.weight" in tensors else "model.embed_tokens.weight"
+    if embedding in tensors and head.tobytes() != tensors[embedding].tobytes():
+        raise InputError(
+            f"lm_head.weight differs from {embedding}, but config.json ties them; "
+            "set tie_word_embeddings to false to keep both"
+        )
+    notices.append(f"dropped lm_head.weight, which repeats {embedding}")
+
+
+def _say_oddities(hf: Mapping[str, Any], params: Mapping[str, np.ndarray], dtype: str, notices: list[str]) -> None:
+    tag = hf.get("dtype") or hf.get("torch_dtype")
+    if tag is not None and tag != dtype:
+        notices.append(f"config.json says {tag}, the weights are {dtype}; their own dtype is used")
+    mixed = sorted({str(array.dtype) for array in params.values()} - {dtype})
+    if mixed:
+        notices.append(f"some parameters are {' and '.join(mixed)}, most are {dtype}; each keeps its own")
+    bad = [name for name, array in params.items() if not np.isfinite(array).all()]
+    if bad:
+        notices.append(f"{len(bad)} parameters hold NaN or infinity (first: {first(bad)})")
+
+
+def _eos_token_ids(folder: Path, hf: Mapping[str, Any], vocab_size: int, notices: list[str]) -> list[int]:
+    generation = folder / "generation_config.json"
+    values = [hf.get("eos_token_id"), _read_json(generation).get("eos_token_id") if generation.exists() else None]
+    found: list[int] = []
+    for value in values:
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(id) is not int for id in ids):
+            raise InputError(f"eos_token_id must be an integer or a list of them, got {value!r}")
+        found += [id for id in ids if id not in found]
+    outside = [str(id) for id in found if not 0 <= id < vocab_size]
+    if outside:
+        notices.append(f"eos_token_id {first(outside)} is outside the vocabulary of {vocab_size:,}; ignored")
+    return [id for id in found if 0 <= id < vocab_size]
+
+
+def _tokenizer(folder: Path, model_config: ModelConfig, notices: list[str]) -> tuple[Tokenizer | None, Template | None]:
+    """GPT-2's, where the vocabulary files are GPT-2's own and what was added is one of our templates'."""
+    files = {name: folder / name for name in _TOKENIZER_FILES}
+    if not all(p.is_file() and manifest.sha256(p) == GPT2_FILES[_TOKENIZER_FILES[n]] for n, p in files.items()):
+        notices.append("no tokenizer imported: its vocabulary is not GPT-2's; prompts must be token ids")
+        return None, None
+    added = _added_tokens(folder)
+    plain = Tokenizer.create("gpt2", template=TEMPLATES["plain"], model_vocab_size=model_config.vocab_size)
+    if not added.keys() - {"<|endoftext|>"}:
+        return plain, None
+    for template in TEMPLATES.values():
+        if plain.base_vocab_size + len(template.specials) <= model_config.vocab_size:
+            tokenizer = Tokenizer.create("gpt2", template=template, model_vocab_size=model_config.vocab_size)
+            if {special.text: special.id for special in tokenizer.specials} == added:
+                return tokenizer, template
+    unknown = first(sorted(added.keys() - {"<|endoftext|>"}))
+    notices.append(f"no tokenizer imported: it adds tokens to GPT-2's ({unknown}); prompts must be token ids")
+    return None, None
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Ids of tokens noted beside the vocabulary, wherever transformers 4 or 5 may have put them."""
+    found: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        path = folder / name
+        content = _read_json(path) if path.is_file() else {}
+        try:
+            if name == "added_tokens.json":
+                found |= content
+            found |= {token["content"]: int(id) for id, token in content.get("added_tokens_decoder", {}).items()}
+            found |= {token["content"]: int(token["id"]) for token in content.get("added_tokens", [])}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path} does not note its added tokens as transformers does") from None
+    return found
+
+
+# -- Writing ---------------------------------------------------------------------------
+
+
+def write(source: Checkpoint, out: str | Path) -> list[str]:
+    """Write a folder that stock transformers loads; tensors keep their dtype. Lines the caller should print.
+
+    Raises:
+        InputError: the architecture has no Hugging Face type, or OUT exists and is not empty.
+    """
+    out = Path(out).absolute()
+    config.hf_model_type(source.config)
+    _refuse_existing(out)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        notices = _write_files(source, partial)
+        for path in partial.iterdir():
+            manifest.sync(path)
+        manifest.sync(partial)
+        partial.rename(out)
+        manifest.sync(out.parent)
+    except OSError as error:
+        raise InputError(f"{out} was not written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return notices
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder; choose another")
+
+
+def _write_files(source: Checkpoint, folder: Path) -> list[str]:
+    tensors = weights.to_hf(source.config, source.params)
+    safetensors_file.write(folder / WEIGHTS, tensors)
+    dtype = Counter(str(tensor.dtype) for tensor in tensors.values()).most_common(1)[0][0]
+    ids = source.eos_token_ids
+    # None is said too: transformers would put its own default in place of a missing key.
+    eos = {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+    _write_json(folder / "config.json", {**config.to_hf(source.config, dtype), **eos})
+    _write_json(folder / "generation_config.json", eos)
+    if source.tokenizer is None:
+        return ["no tokenizer written: the checkpoint has none"]
+    if source.tokenizer.kind != "gpt2":
+        return [f"no tokenizer written: kind {source.tokenizer.kind} has no Hugging Face form in this version"]
+    _write_gpt2_tokenizer(source.tokenizer, folder, source.config.max_position_embeddings)
+    return []
+
+
+def _write_gpt2_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """`tokenizer.json` for today's transformers, GPT-2's own two files for everyone else."""
+    files = gpt2_files()
+    for theirs, openai in _TOKENIZER_FILES.items():
+        shutil.copyfile(files[openai], folder / theirs)
+    vocab = json.loads(files["encoder.json"].read_text("utf-8"))
+    lines = files["vocab.bpe"].read_text("utf-8").splitlines()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": special.id, "content": special.text, **flags} for special in tokenizer.specials]
+    _write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "added_tokens": added,
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": [line for line in lines[1:] if line]},
+        },
+    )
+    end = tokenizer.special("end_of_text").text
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "eos_token": end}
+    decoder = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+    _write_json(folder / "tokenizer_config.json", {**settings, "bos_token": end, "added_tokens_decoder": decoder})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+# -- Commands --------------------------------------------------------------------------
+
+
+def import_hf(source: str | Path, out: str | Path) -> list[str]:
+    """Make a checkpoint of a Hugging Face folder; lines the caller should print.
+
+    Raises:
+        InputError: as `read` does; OUT exists and is not empty; or the disk is full.
+    """
+    _refuse_existing(Path(out))
+    found = read(source)
+    contents = Contents(
+        config=found.config,
+        params=found.params,
+        stage="base",
+        compute_dtype=found.dtype,
+        eos_token_ids=found.eos_token_ids,
+        tokenizer=found.tokenizer,
+        template=found.template,
+        provenance={"source": str(Path(source).absolute()), "format": "hf"},
+    )
+    checkpoint.save(out, 0, contents).result()
+    return found.notices
+
+
+def export_hf(
+    directory: str | Path, out: str | Path, *, cast: Literal["float32", "bfloat16", "float16"] | None = None
+) -> list[str]:
+    """Make a Hugging Face folder of a checkpoint, in its own dtype or `cast`; lines the caller should print.
+
+    Raises:
+        InputError: as `checkpoint.load` and `write` do.
+    """
+    _refuse_existing(Path(out))
+    return write(checkpoint.load(directory, cast=cast), out)
