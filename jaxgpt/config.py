@@ -353,6 +353,8 @@ def _from_llama(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     layer_types = hf.get("layer_types") or []
     if any(kind != "full_attention" for kind in layer_types):
         raise InputError("config.json has layer_types other than full_attention; jaxgpt supports full_attention only")
+    if is_qwen2 and (hf.get("attention_bias") or hf.get("mlp_bias")):
+        raise InputError("config.json of a qwen2 model has attention_bias or mlp_bias, which qwen2 does not read")
     theta, scaling = _rope(hf)
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     if not isinstance(heads, int) or heads < 1:
@@ -362,7 +364,8 @@ def _from_llama(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         **LLAMA_STYLE,
         **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
         "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads") or (32 if is_qwen2 else heads),
+        # null means as many as query heads; a missing key means transformers' default of the type.
+        "num_key_value_heads": hf.get("num_key_value_heads", 32 if is_qwen2 else heads) or heads,
         "head_dim": hf.get("head_dim") or hidden // heads,
         "max_position_embeddings": hf.get("max_position_embeddings", 32768 if is_qwen2 else 2048),
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
@@ -398,8 +401,9 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             "jaxgpt supports default, linear and llama3"
         )
     values = {key: parameters[key] for key in known - {"rope_type"} if key in parameters}
-    if "factor" not in values:
-        raise InputError(f"config.json has rope type {rope_type!r} without a factor")
+    needed = known - {"rope_type"} if rope_type == "llama3" else {"factor"}
+    if not needed <= values.keys():
+        raise InputError(f"config.json has rope type {rope_type!r} without {first(sorted(needed - values.keys()))}")
     return float(theta), RopeScaling(rope_type=rope_type, **values)
 
 

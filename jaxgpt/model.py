@@ -258,6 +258,6 @@ def init(config: ModelConfig, seed: int) -> dict[str, Array]:
     return jax.jit(lambda: Transformer(config, nnx.Rngs(seed)).params())()
 
 
-def cast(params: Params, dtype: Any) -> dict[str, Array]:
+def cast(params: Mapping[str, Any], dtype: Any) -> dict[str, Array]:
     """Every parameter in another dtype: the compute dtype of the ops that read it."""
     return {name: jnp.asarray(array, dtype) for name, array in params.items()}

@@ -15,6 +15,7 @@ from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
+from jaxgpt.step_folder import steps
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training_loop import Loop, Run, TrainResult
 
@@ -137,7 +138,7 @@ def _given(flag: str, value: str) -> str:
 
 
 def _new_folder(out: str) -> None:
-    if checkpoint.steps(_given("--out", out)):
+    if steps(_given("--out", out)):
         raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
 
 

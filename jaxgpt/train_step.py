@@ -4,7 +4,7 @@ Pure: state goes in and comes out. A step whose loss or gradient is not finite
 leaves everything but the step number as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class StepReport(NamedTuple):
     """False where the loss or gradient was not finite."""
 
 
-def initial_state(params: model.Params, settings: TrainSettings) -> TrainState:
+def initial_state(params: Mapping[str, Any], settings: TrainSettings) -> TrainState:
     """State before the first step, in float32."""
     # A copy: the first step donates the state's buffers.
     master = {name: jnp.array(array, jnp.float32) for name, array in params.items()}

@@ -8,7 +8,7 @@ stopping, or at an error, and always leaves its newest state on disk.
 import math
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from jaxgpt.data.batches import Batch, Batches, DataEnded
 from jaxgpt.errors import InputError
 from jaxgpt.loss import Arrays, evaluate
 from jaxgpt.settings import GenerationSettings, TrainSettings
+from jaxgpt.step_folder import Contents
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.train_step import TrainState, initial_state, stacked, train_step
 
@@ -61,7 +62,7 @@ class Run:
     settings: TrainSettings
     stage: str
     config: ModelConfig
-    params: model.Params
+    params: Mapping[str, Any]
     tokenizer: Tokenizer
     template: Template | None
     batches: Batches
@@ -131,9 +132,11 @@ class Loop:
             self._announce(step)
             with _signals() as stopped:
                 reason = self._steps(step, stopped)
-            self._save(int(self.state.step), wait=True)
+            self._save(int(self.state.step))
+            self._settle()
             self.log.write("end", int(self.state.step), reason=reason)
         finally:
+            self._settle()
             self.log.close()
         return TrainResult(
             out=str(self.r.out),
@@ -191,12 +194,12 @@ class Loop:
             self._validate(0)
 
     def _steps(self, step: int, stopped: "_Stopped") -> str:
-        clock = _Clock(self.r.config, self.settings)
+        pace = _Pace(self.r.config, self.settings)
         while step < self.settings.steps:
             if stopped.by:
                 self.log.say(f"{stopped.by} received; saving step {step}")
                 return "signal"
-            self._step(step, clock)
+            self._step(step, pace)
             step += 1
             last = step == self.settings.steps
             due = self.settings.eval_every and step % self.settings.eval_every == 0
@@ -208,7 +211,8 @@ class Loop:
                 self._save(step)
         return "steps"
 
-    def _step(self, step: int, clock: "_Clock") -> None:
+    def _step(self, step: int, pace: "_Pace") -> None:
+        started = time.monotonic()
         micro = [self._next(step) for _ in range(self.settings.accumulate)]
         batches = stacked(micro)
         self.state, report = train_step(self.r.config, self.settings, self.dtype, self.state, batches)
@@ -222,7 +226,7 @@ class Loop:
         self.skipped = 0
         trained = int(batches["mask"].sum())
         self.tokens += trained
-        rates = clock.tick(trained)
+        rates = pace.of(trained, time.monotonic() - started)
         values = {
             "loss": self.loss,
             "grad_norm": float(report.grad_norm),
@@ -284,14 +288,19 @@ class Loop:
         self.log.write("sample", step, prompt=self.settings.sample_prompt, text=text)
         self.log.say(f"step {step} sample: {self.settings.sample_prompt!r} → {text!r}")
 
-    def _save(self, step: int, *, wait: bool = False) -> None:
-        if self.pending is not None:
-            self.pending.result()
+    def _settle(self) -> None:
+        """Wait for the save under way, if any; raises CheckpointError when it failed."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _save(self, step: int) -> None:
+        self._settle()
         leaves, _ = jax.tree.flatten_with_path((self.state.moments, self.state.step, self.state.rng))
         self.pending = checkpoint.save(
             self.r.out,
             step,
-            checkpoint.Contents(
+            Contents(
                 config=self.r.config,
                 params=self.state.params,
                 stage=self.r.stage,
@@ -314,23 +323,19 @@ class Loop:
             keep=self.settings.keep,
             score=self.validation_loss,
         )
-        if wait:
-            self.pending.result()
 
 
-class _Clock:
-    """Tokens per second and MFU since the last step; the first step compiles and has none."""
+class _Pace:
+    """Tokens per second and MFU of a step; the first one also compiles."""
 
     def __init__(self, config: ModelConfig, settings: TrainSettings):
-        self.flops = flops.flops_per_token(config, settings.sequence_length)
+        processed = settings.batch_size * settings.accumulate * settings.sequence_length
+        self.flops = processed * flops.flops_per_token(config, settings.sequence_length)
         self.peak = flops.peak(device.describe())
-        self.processed = settings.batch_size * settings.accumulate * settings.sequence_length
-        self.last = time.monotonic()
 
-    def tick(self, trained: int) -> dict[str, float | None]:
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        mfu = self.processed / seconds * self.flops / self.peak if self.peak else None
+    def of(self, trained: int, seconds: float) -> dict[str, float | None]:
+        """Trained tokens a second, and FLOPs of all tokens as a share of the peak."""
+        mfu = self.flops / seconds / self.peak if self.peak else None
         return {"tokens_per_second": trained / seconds, "mfu": mfu}
 
 

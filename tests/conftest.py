@@ -15,9 +15,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import torch
 
 from jaxgpt import weights
 from jaxgpt.config import LLAMA_STYLE, QWEN2_STYLE, ModelConfig, RopeScaling
+
+# Tiny matrices: torch's threads would only wait for each other.
+torch.set_num_threads(1)
 
 GPT2 = ModelConfig(
     vocab_size=131,

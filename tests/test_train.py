@@ -1,0 +1,229 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import checkpoint, gates, run_log, train, training_loop
+from jaxgpt.chat import CHATML
+from jaxgpt.data.encode import encode
+from jaxgpt.data.instructions import MICRO, generate
+from jaxgpt.data.shards import TokenShards
+from jaxgpt.errors import InputError
+from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
+from jaxgpt.step_folder import steps
+from jaxgpt.tokenizer import Tokenizer
+
+MODEL = ModelSettings(preset="llama-tiny", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, dropout=0.1)
+TRAIN = TrainSettings(
+    steps=8, batch_size=2, accumulate=2, sequence_length=32, warmup_steps=2, save_every=3, eval_every=4, eval_batches=2
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"def f{i}(x):\n    return x * {i} + {i * 7 % 13}\n" * 4 for i in range(60)]
+    texts += [" ".join(messages[0]["content"] for messages in generate(8, seed)) for seed in range(30)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    alphabet = "".join(map(chr, range(32, 127))) + "\n"
+    tokenizer = Tokenizer.create("char", template=CHATML, corpus=[*texts, alphabet])
+    encode(folder / "text.jsonl", folder / "shards", tokenizer, template=CHATML, val_fraction=0.2)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of eight steps."""
+    out = tmp_path_factory.mktemp("runs") / "base"
+    result = train.pretrain(settings(data, out))
+    assert (result.step, result.stop_reason) == (8, "steps")
+    return out
+
+
+def settings(data: Path, out: Path, **changes: object) -> PretrainSettings:
+    chosen = dataclasses.replace(TRAIN, **changes)
+    return PretrainSettings(data=str(data), out=str(out), model=MODEL, train=chosen)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A SIGTERM that arrives while `step` runs."""
+    plain = training_loop.Loop._step
+
+    def interrupted(self: training_loop.Loop, number: int, pace: object) -> None:
+        plain(self, number, pace)
+        if number + 1 == step:
+            training_loop.signal.raise_signal(training_loop.signal.SIGTERM)
+
+    monkeypatch.setattr(training_loop.Loop, "_step", interrupted)
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in run_log.read(out) if record["event"] == "train"]
+
+
+def test_resume_after_a_stop_in_the_middle_is_bit_for_bit(data, base, tmp_path, monkeypatch):
+    out = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert train.pretrain(settings(data, out)).stop_reason == "signal"
+    assert steps(out)[-1] == 5
+    result = train.pretrain(PretrainSettings(out=str(out), resume=True))
+    assert (result.step, result.stop_reason) == (8, "steps")
+    whole, resumed = (checkpoint.load(folder, train=True) for folder in (base, out))
+    for name, array in whole.params.items():
+        assert np.array_equal(array, resumed.params[name]), name
+    for name, array in whole.train.items():
+        assert np.array_equal(array, resumed.train[name]), name
+    assert whole.train_json["position"] == resumed.train_json["position"]
+    assert losses(out) == losses(base), "each step once, with the same loss"
+
+
+def test_resume_refuses_other_data(data, tmp_path, monkeypatch):
+    out, copied = tmp_path / "run", tmp_path / "data"
+    copied.mkdir()
+    for file in data.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.pretrain(settings(copied, out))
+    index = json.loads((copied / "index.json").read_text())
+    index["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (copied / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="dataset fingerprint differs from checkpoint"):
+        train.pretrain(PretrainSettings(out=str(out), resume=True))
+
+
+def test_a_new_run_never_overwrites_an_old_one(data, base):
+    with pytest.raises(InputError, match="already holds a run; pass --resume"):
+        train.pretrain(settings(data, base))
+
+
+def test_an_exhausted_corpus_is_refused_before_the_first_step(data, tmp_path):
+    with pytest.raises(InputError, match=r"corpus ended at step \d+ of 5000; pass --epochs to repeat"):
+        train.pretrain(settings(data, tmp_path / "out", steps=5000))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_asked_for_and_missing_is_an_error(data, tmp_path):
+    with pytest.raises(InputError, match="--device gpu requested, JAX sees only CPU; install jaxgpt"):
+        train.pretrain(settings(data, tmp_path / "out", device="gpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sequence_longer_than_the_context_is_refused(data, tmp_path):
+    with pytest.raises(InputError, match="sequence_length 512 exceeds the model's context of 256"):
+        train.pretrain(settings(data, tmp_path / "out", sequence_length=512))
+
+
+def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_saved(data, tmp_path, monkeypatch):
+    plain = training_loop.train_step
+
+    def poisoned(config, settings, dtype, state, batches):
+        if int(state.step) >= 4:
+            batches = {**batches, "ids": batches["ids"] + config.vocab_size}
+        return plain(config, settings, dtype, state, batches)
+
+    monkeypatch.setattr(training_loop, "train_step", poisoned)
+    out = tmp_path / "out"
+    last = r"loss NaN at step 7; update skipped \(3 of 3\); batch saved as .*00000007.npz"
+    with pytest.raises(InputError, match=last):
+        train.pretrain(settings(data, out))
+    assert steps(out) == [3, 6], "what was saved before stands"
+    assert np.load(out / "bad-batch-00000007.npz")["ids"].shape == (2, 2, 32)
+    assert [record["step"] for record in run_log.read(out) if record["event"] == "skipped"] == [5, 6, 7]
+
+
+def test_the_first_loss_of_a_fresh_model_must_be_near_ln_vocab(data, tmp_path, monkeypatch):
+    config = train.model_config(MODEL, 448)
+    params = train.model.init(config, 0)
+    assert abs(gates.check_fresh(config, params, "float32") - gates.uniform(config)) <= 0.3
+    louder = {name: 30 * array for name, array in params.items()}
+    with pytest.raises(InputError, match="a fresh model scores"):
+        gates.check_fresh(config, louder, "float32")
+    expected = gates.uniform(config)
+    for loss in (expected + 0.31, expected - 1.01, float("nan")):
+        with pytest.raises(InputError, match=r"first loss is .*, expected between"):
+            gates.check_first_batch(config, loss)
+    gates.check_first_batch(config, expected - 0.9)
+
+
+def test_a_loaded_model_worse_than_a_guess_points_to_the_oracle(data, base, tmp_path):
+    config = checkpoint.load(base).config
+    bound = gates.uniform(config)
+    with pytest.raises(InputError, match=r"worse than a uniform guess .*python -m oracle compare"):
+        gates.check_loaded(config, bound + 0.01, accept=True)
+    with pytest.raises(InputError, match="--accept-loss"):
+        gates.check_loaded(config, 0.9 * bound, accept=False)
+    gates.check_loaded(config, 0.9 * bound, accept=True)
+
+
+def test_early_stopping_says_so_and_never_fires_in_warm_up(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_loop, "evaluate", lambda *_: 3.0)
+    chosen = settings(data, tmp_path / "out", eval_every=1, patience=2, warmup_steps=4)
+    result = train.pretrain(chosen)
+    assert (result.stop_reason, result.step) == ("patience", 6)
+    assert "stopping early: no better validation loss in 2 validations" in capsys.readouterr().err
+
+
+def test_the_log_has_what_doctor_needs_and_the_loss_is_drawn(base):
+    records = run_log.read(base)
+    start = records[0]
+    for key in ("device", "backend", "parameters", "planned_tokens_per_parameter", "epochs_planned", "versions"):
+        assert key in start
+    step = next(record for record in records if record["event"] == "train")
+    for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "epoch", "tokens"):
+        assert key in step
+    assert records[-1]["event"] == "end"
+    assert records[-1]["reason"] == "steps"
+    assert (base / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((base / "tensorboard").iterdir())
+
+
+def test_sft_starts_from_a_checkpoint_and_changes_the_stage_not_the_tokenizer(base, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in MICRO))
+    chosen = dataclasses.replace(TRAIN, steps=2, sequence_length=64, epochs=10, accept_loss=True)
+    train.sft(SFTSettings(model=str(base), data=str(chats), out=str(tmp_path / "sft"), train=chosen))
+    tuned, source = checkpoint.load(tmp_path / "sft"), checkpoint.load(base)
+    assert (source.stage, tuned.stage) == ("base", "sft")
+    assert tuned.tokenizer.state() == source.tokenizer.state()
+    assert tuned.template == CHATML
+    assert tuned.provenance["parent"] == str(base)
+    assert not np.array_equal(tuned.params["layers.0.attn.q.kernel"], source.params["layers.0.attn.q.kernel"])
+
+
+@pytest.mark.slow
+def test_sixteen_episodes_are_learned_by_heart_and_answered_greedily(data, tmp_path):
+    import jaxgpt
+
+    base, chats = tmp_path / "base", tmp_path / "chats.jsonl"
+    model = ModelSettings(preset="llama-tiny", hidden_size=64, num_hidden_layers=2)
+    fast = TrainSettings(steps=20, batch_size=4, sequence_length=64, learning_rate=3e-3, warmup_steps=4, eval_every=0)
+    train.pretrain(PretrainSettings(data=str(data), out=str(base), model=model, train=fast))
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in MICRO))
+    longer = dataclasses.replace(fast, steps=300, epochs=500, accept_loss=True, save_every=0, warmup_steps=20)
+    train.sft(SFTSettings(model=str(base), data=str(chats), out=str(tmp_path / "sft"), train=longer))
+    lm = jaxgpt.load(str(tmp_path / "sft"))
+    replies = lm.generate([messages[:-1] for messages in MICRO], max_new_tokens=48)
+    assert [reply.text for reply in replies] == [messages[-1]["content"] for messages in MICRO]
+    assert {reply.stop_reason for reply in replies} == {"stop_token"}
+
+
+def test_model_overrides_keep_the_shape_consistent():
+    config = train.model_config(ModelSettings(preset="gpt2", hidden_size=96, num_attention_heads=6), 64)
+    assert (config.head_dim, config.intermediate_size, config.num_key_value_heads) == (16, 384, 6)
+    with pytest.raises(InputError, match="hidden_size 100 is not a multiple of num_attention_heads 12"):
+        train.model_config(ModelSettings(preset="gpt2", hidden_size=100), 64)
+
+
+def test_the_device_in_use_is_said(data, base, capsys, tmp_path):
+    train.pretrain(settings(data, tmp_path / "out", steps=1))
+    assert f"float32 on {jax.devices()[0].device_kind}" in capsys.readouterr().err
+
+
+def test_shards_carry_tokenizer_and_template(data):
+    assert TokenShards(data).tokenizer().special("end").text == "<|im_end|>"
+    assert TokenShards(data).template() == CHATML
