@@ -5,7 +5,8 @@ fault catalogue can put a wrong parameter, a wrong op or a wrong decode step int
 otherwise true model, in memory.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any
@@ -15,16 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import cache as kv
-from jaxgpt import model
+from jaxgpt import generate, model
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
-from jaxgpt.generate import Generator, Row
 from jaxgpt.ops import FUNCTIONS, OpFunction
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.taps import Op, Wiring, ops
 
 Step = Callable[..., tuple[model.Output, KVCache]]
 """Signature of `jaxgpt.model.forward_cached`."""
+
+
+class Unrunnable(Exception):
+    """The candidate's parameters or inputs do not fit its ops: a fault of the candidate, not of the oracle."""
+
+
+@contextmanager
+def _unrunnable(what: str) -> Generator[None, None, None]:
+    try:
+        yield
+    except (TypeError, ValueError, IndexError) as error:
+        raise Unrunnable(f"the {what} cannot run: {str(error).strip().splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -58,45 +70,61 @@ class Candidate:
         return tuple(sorted(self.replace.items(), key=lambda item: item[0]))
 
     def forward(self, ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> dict[str, jax.Array]:
-        """All taps of one free-running forward, in execution order."""
-        # The output of a jitted function is a sorted dict; order is that of the table.
+        """All taps of one free-running forward, in execution order.
+
+        Raises:
+            Unrunnable: shapes that do not fit together.
+        """
         given = (self.params, *map(jnp.asarray, (ids, positions, segments)))
-        taps = _forward(self.config, self._replacements, *given)
+        with _unrunnable("forward"):
+            taps = _forward(self.config, self._replacements, *given)
+        # The output of a jitted function is a sorted dict; order is that of the table.
         return {op.tap: taps[op.tap] for op in ops(self.config)}
 
-    def dtypes(self, ids: np.ndarray) -> dict[str, np.dtype]:
-        """The dtype of every tap, without computing any."""
-        forward = partial(_forward, self.config, self._replacements)
-        shapes = jax.eval_shape(forward, self.params, *[jnp.asarray(ids)] * 3)
-        return {tap: shape.dtype for tap, shape in shapes.items()}
-
     def run_op(self, op: Op, inputs: Sequence[np.ndarray]) -> jax.Array:
-        """One op with this model's parameters on given inputs."""
+        """One op with this model's parameters on given inputs.
+
+        Raises:
+            Unrunnable: shapes that do not fit together.
+        """
         function = self.replace.get(op.tap) or self.replace.get(op.function) or FUNCTIONS[op.function]
         parameters = model.leaves(self.params, op.parameters) if op.parameters else {}
-        return _jitted(function)(self.config, parameters, *map(jnp.asarray, inputs))
+        with _unrunnable("op"):
+            return _jitted(function)(self.config, parameters, *map(jnp.asarray, inputs))
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` tokens a row."""
         return kv.empty(self.config, batch, kv.bucket(slots), self.dtype)
 
     def advance(self, ids: np.ndarray, counts: np.ndarray, cache: KVCache) -> tuple[dict[str, jax.Array], KVCache]:
-        """All taps of one cached forward, and the cache after it."""
+        """All taps of one cached forward, and the cache after it.
+
+        Raises:
+            Unrunnable: shapes that do not fit together.
+        """
         given = (self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
-        taps, cache = _advance(self.config, self._replacements, self.step, *given)
+        with _unrunnable("cached forward"):
+            taps, cache = _advance(self.config, self._replacements, self.step, *given)
         return {op.tap: taps[op.tap] for op in ops(self.config, Wiring(cached=True))}, cache
 
     def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:
-        """Each prompt's most likely continuation: through the real generator unless the model is altered."""
+        """Each prompt's most likely continuation: through the real generator unless the model is altered.
+
+        Raises:
+            Unrunnable: the generator refused, for example because logits are NaN.
+        """
         if self.is_altered:
             return self._greedy_by_steps(prompts, new_tokens)
         real = self.config.vocab_size if self.real_ids is None else self.real_ids
-        generator = Generator(self.config, self.params, real_ids=real, stop_ids=(), dtype=jnp.dtype(self.dtype))
-        rows = [Row(list(ids), count, 0) for ids, count in zip(prompts, new_tokens, strict=True)]
+        generator = generate.Generator(
+            self.config, self.params, real_ids=real, stop_ids=(), dtype=jnp.dtype(self.dtype)
+        )
+        rows = [generate.Row(list(ids), count, 0) for ids, count in zip(prompts, new_tokens, strict=True)]
         tokens: list[list[int]] = [[] for _ in rows]
-        for chunk in generator.stream(rows, GenerationSettings(temperature=0.0)):
-            for row, new in zip(tokens, chunk, strict=True):
-                row.extend(new)
+        with _unrunnable("generator"):
+            for chunk in generator.stream(rows, GenerationSettings(temperature=0.0)):
+                for row, new in zip(tokens, chunk, strict=True):
+                    row.extend(new)
         return tokens
 
     def _greedy_by_steps(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:

@@ -80,22 +80,22 @@ class Judge:
         *,
         allowed: Sequence[np.ndarray] | None = None,
         where: str = "",
-        epsilon: str = "",
     ) -> Finding:
         """Compare a tap given in rows.
 
         Args:
             allowed: for masked scores, where each row may attend; compared as a pattern,
                 and values only there.
-            epsilon: dtype of the candidate's tap, where it is not the compute dtype.
         """
         problem = _pattern_problem(candidate, truth, peer, allowed)
         if problem or truth[0].dtype == np.bool_:
             return Finding(op.tap, op.function, ok=not problem, where=where, problem=problem)
+        # Some taps are wider than the compute dtype: scores, weights, logits.
+        epsilon = noise.EPSILON[str(candidate[0].dtype)]
         if allowed is not None:
             candidate, truth, peer = (_only(rows, allowed) for rows in (candidate, truth, peer))
         pieces: list[Triple] = list(zip(candidate, truth, peer, strict=True))
-        measured = noise.ratios(pieces, noise.EPSILON[epsilon or self.dtype], level=allowed is not None)
+        measured = noise.ratios(pieces, epsilon, level=allowed is not None)
         return self.of(op.tap, op.function, measured, where)
 
     def of(self, tap: str, function: str, measured: Ratios, where: str = "") -> Finding:

@@ -68,13 +68,15 @@ def wrong_norm_epsilon(candidate: Candidate) -> Candidate:
 
 def cache_position_off_by_one(candidate: Candidate) -> Candidate:
     """After the prefill every step believes that one token more is stored."""
+    return replace(candidate, step=_one_too_far)
 
-    def step(config: ModelConfig, params: model.Params, ids: Any, counts: Any, cache: KVCache, **given: Any) -> Any:
-        shifted = cache._replace(lengths=cache.lengths + (cache.lengths > 0))
-        output, after = candidate.step(config, params, ids, counts, shifted, **given)
-        return output, after._replace(lengths=cache.lengths + counts)
 
-    return replace(candidate, step=step)
+def _one_too_far(
+    config: ModelConfig, params: model.Params, ids: Any, counts: Any, cache: KVCache, **given: Any
+) -> tuple[model.Output, KVCache]:
+    shifted = cache._replace(lengths=cache.lengths + (cache.lengths > 0))
+    output, after = model.forward_cached(config, params, ids, counts, shifted, **given)
+    return output, after._replace(lengths=cache.lengths + counts)
 
 
 def _is_square(config: ModelConfig) -> bool:

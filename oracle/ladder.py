@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 
 from oracle import exposure, noise, probe
-from oracle.candidate import Candidate
+from oracle.candidate import Candidate, Unrunnable
 from oracle.compare import Judge
 from oracle.noise import Calibration
 from oracle.reference import Reference
-from oracle.results import Inconclusive, Report, RungResult
+from oracle.results import Finding, Inconclusive, Report, RungResult
 from oracle.rungs import bits, decode, environment, forward, operators
 
 
@@ -92,6 +92,8 @@ def _timed(name: str, comparison: Comparison) -> RungResult:
     start = time.perf_counter()
     try:
         result = LADDER[name](comparison)
+    except Unrunnable as reason:
+        result = RungResult(name, [Finding("", "", ok=False, problem=str(reason))], str(reason))
     except Inconclusive as reason:
         result = RungResult(name, [], str(reason), inconclusive=str(reason))
     return replace(result, seconds=time.perf_counter() - start)

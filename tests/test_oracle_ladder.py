@@ -46,7 +46,10 @@ class Case:
         return ladder.climb(comparison, **options)
 
 
-@pytest.fixture(scope="module", params=["gpt2-float32", "llama-float32", "gpt2-bfloat16", "llama-bfloat16"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama-float32", "gpt2-bfloat16", "llama-bfloat16")]
+
+
+@pytest.fixture(scope="module", params=["gpt2-float32", *SLOW])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, dtype = request.param.split("-")
     folder = models.write(TWO_LAYERS[family], tmp_path_factory.mktemp(request.param), dtype, SEED)
@@ -104,23 +107,6 @@ def test_wrong_weights_are_also_located_by_what_they_compute(case: Case, fault: 
 def test_the_first_step_after_the_prefill_is_named_for_a_cache_fault(case: Case):
     off_by_one = FAULTS[-1].plant(case.candidate)
     assert place(case.compare(off_by_one, rungs=("decode",)))[2] == "step 1"
-
-
-def test_a_key_stored_in_the_wrong_slot_shows_in_the_keys(case: Case):
-    def store(config: Any, p: Any, new: Any, buffer: Any, slots: Any) -> Any:
-        return true_ops.store(config, p, new, buffer, slots + (slots.shape[1] == 1))
-
-    found = case.compare(dataclasses.replace(case.candidate, replace={"layers.1.attn.keys": store}), rungs=("decode",))
-    assert place(found) == ("decode", "layers.1.attn.keys", "step 1")
-
-
-def test_an_unmasked_slot_shows_in_the_mask(case: Case):
-    def mask(*arguments: Any) -> Any:
-        return jnp.ones_like(true_ops.attention_mask(*arguments))
-
-    altered = dataclasses.replace(case.candidate, replace={"attention_mask": mask})
-    assert place(case.compare(altered, rungs=("operators",)))[:2] == ("operators", "mask")
-    assert place(case.compare(altered, rungs=("decode",)))[:2] == ("decode", "mask")
 
 
 # -- Nothing is skipped ----------------------------------------------------------------
@@ -223,6 +209,26 @@ def _save_embedding(folder: Path, embedding: np.ndarray) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.wte.weight"] = torch.from_numpy(embedding)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- Caches and masks ------------------------------------------------------------------
+
+
+def test_a_key_stored_in_the_wrong_slot_shows_in_the_keys(gpt2: Case):
+    def store(config: Any, p: Any, new: Any, buffer: Any, slots: Any) -> Any:
+        return true_ops.store(config, p, new, buffer, slots + (slots.shape[1] == 1))
+
+    found = gpt2.compare(dataclasses.replace(gpt2.candidate, replace={"layers.1.attn.keys": store}), rungs=("decode",))
+    assert place(found) == ("decode", "layers.1.attn.keys", "step 1")
+
+
+def test_an_unmasked_slot_shows_in_the_mask(gpt2: Case):
+    def mask(*arguments: Any) -> Any:
+        return jnp.ones_like(true_ops.attention_mask(*arguments))
+
+    altered = dataclasses.replace(gpt2.candidate, replace={"attention_mask": mask})
+    assert place(gpt2.compare(altered, rungs=("operators",)))[:2] == ("operators", "mask")
+    assert place(gpt2.compare(altered, rungs=("decode",)))[:2] == ("decode", "mask")
 
 
 # -- Environment, report ---------------------------------------------------------------

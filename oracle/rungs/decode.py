@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxgpt.taps import Op, Wiring, ops
 from oracle import noise
-from oracle.candidate import Candidate, right_padded
+from oracle.candidate import Candidate, Unrunnable, right_padded
 from oracle.compare import Judge, Window
 from oracle.probe import DecodeProbe
 from oracle.reference import Model, Reference, to_numpy
@@ -81,8 +81,7 @@ class _Sides:
                 allowed = rows[1]
                 findings += self._padding(op, ours.padding_is_hidden(array), where)
             masked = allowed if op.function == "mask" else None
-            dtype = "" if array.dtype == np.bool_ else str(array.dtype)
-            findings.append(self.judge.finding(op, *rows, allowed=masked, where=where, epsilon=dtype))
+            findings.append(self.judge.finding(op, *rows, allowed=masked, where=where))
         unknown = truth.keys() - {op.tap for op in self.ops}
         return findings + [self.judge.missing(Op(tap, "", ()), "candidate", where) for tap in sorted(unknown)]
 
@@ -133,7 +132,10 @@ class _Choices:
 
 
 def _greedy(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> tuple[list[Finding], str]:
-    generated = candidate.greedy(probe.prompts, probe.new_tokens)
+    try:
+        generated = candidate.greedy(probe.prompts, probe.new_tokens)
+    except Unrunnable as error:
+        return [Finding("logits", "greedy", ok=False, where="greedy", problem=str(error))], "no greedy tokens"
     choices = [
         _judged(candidate, reference, judge, list(prompt), new)
         for prompt, new in zip(probe.prompts, generated, strict=True)

@@ -43,8 +43,7 @@ def _finding(
 ) -> Finding:
     ours, truth, peer = versions
     masked = allowed if op.function == "mask" else None
-    dtype = "" if ours.dtype == np.bool_ else str(ours.dtype)
-    return judge.finding(op, [ours], [truth], [peer], allowed=masked, epsilon=dtype)
+    return judge.finding(op, [ours], [truth], [peer], allowed=masked)
 
 
 def kl_finding(ours: np.ndarray, truth: np.ndarray, peer: np.ndarray, judge: Judge) -> Finding:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxgpt import model
 from jaxgpt.ops import MASKED
 from jaxgpt.taps import INPUTS, Op, ops
-from oracle.candidate import Candidate
+from oracle.candidate import Candidate, Unrunnable
 from oracle.compare import HIDDEN, Judge
 from oracle.probe import Probe
 from oracle.reference import Reference
@@ -50,7 +50,6 @@ class _Local:
         self.ops = ops(candidate.config)
         given = model.uncached_inputs(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
         self.values = {name: np.asarray(value) for name, value in given.items()}
-        self.dtypes = candidate.dtypes(probe.ids)
         self.last_use = {name: op.tap for op in self.ops for name in op.inputs}
 
     def findings(self, op: Op, reader: Reader) -> list[Finding]:
@@ -63,36 +62,34 @@ class _Local:
             problem = f"not compared: the reference has no {lacking[0]} to feed it with"
             return [Finding(op.tap, op.function, ok=False, problem=problem)]
         inputs = [self.values[name] for name in op.inputs]
-        findings = [self.compare(op, inputs)]
+        findings, dtype = self.compare(op, inputs)
         if op.function == "norm":
-            findings.append(self.compare(op, [_small_rows(inputs[0])], where="small rows"))
-        self.values[op.tap] = self.cast(op.tap, truth.numpy())
+            findings += self.compare(op, [_small_rows(inputs[0])], where="small rows")[0]
+        self.values[op.tap] = _cast(op, truth.numpy(), dtype)
         for name in op.inputs:
             if self.last_use[name] == op.tap and name not in INPUTS:
                 self.values.pop(name, None)
         return findings
 
-    def compare(self, op: Op, inputs: list[np.ndarray], where: str = "") -> Finding:
-        """Candidate, truth and peer on the same inputs."""
+    def compare(self, op: Op, inputs: list[np.ndarray], where: str = "") -> tuple[list[Finding], np.dtype]:
+        """Candidate, truth and peer on the same inputs; the dtype in which the candidate answers."""
         truth = self.reference.truth.run_op(op, inputs)
         peer = self.reference.peer.run_op(op, inputs)
         try:
             ours = np.asarray(self.candidate.run_op(op, inputs))
-        except (TypeError, ValueError, IndexError) as error:
-            reason = str(error).splitlines()[0]
-            problem = f"the op cannot take the reference's inputs: {reason}"
-            return Finding(op.tap, op.function, ok=False, where=where, problem=problem)
+        except Unrunnable as error:
+            finding = Finding(op.tap, op.function, ok=False, where=where, problem=str(error))
+            return [finding], np.dtype(self.candidate.dtype)
         allowed = [inputs[1]] if op.function == "mask" else None
-        dtype = str(self.dtypes[op.tap])
-        return self.judge.finding(op, [ours], [truth], [peer], allowed=allowed, where=where, epsilon=dtype)
+        finding = self.judge.finding(op, [ours], [truth], [peer], allowed=allowed, where=where)
+        return [finding], ours.dtype
 
-    def cast(self, tap: str, truth: np.ndarray) -> np.ndarray:
-        """A reference activation in the dtype and with the mask value of the candidate."""
-        if truth.dtype == np.bool_:
-            return truth
-        if tap.endswith("attn.masked"):
-            truth = np.where(truth < HIDDEN, MASKED, truth)
-        return truth.astype(self.dtypes[tap])
+
+def _cast(op: Op, truth: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A reference activation in the dtype and with the mask value of the candidate."""
+    if op.function == "mask":
+        truth = np.where(truth < HIDDEN, MASKED, truth)
+    return truth if truth.dtype == np.bool_ else truth.astype(dtype)
 
 
 def _small_rows(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,73 @@
+"""From folders to a comparison: the checkpoint through the product's loader, the export through its exporter."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from jaxgpt import checkpoint
+from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.formats import hf
+from oracle import ladder
+from oracle.candidate import Candidate
+from oracle.ladder import Comparison
+from oracle.noise import Calibration
+from oracle.reference import Reference
+from oracle.results import Report
+
+
+def candidate(directory: Path, dtype: str) -> Candidate:
+    """The checkpoint's model in a compute dtype.
+
+    Raises:
+        InputError: no checkpoint there, or one that fails a check.
+    """
+    return _candidate(checkpoint.load(directory), dtype)
+
+
+def _candidate(loaded: Checkpoint, dtype: str) -> Candidate:
+    real_ids = loaded.tokenizer.vocab_size if loaded.tokenizer else None
+    return Candidate(loaded.config, loaded.params, dtype, real_ids=real_ids)
+
+
+def compare(
+    directory: Path,
+    source: Path | None,
+    dtype: str,
+    calibration: Calibration,
+    *,
+    everything: bool = False,
+    seed: int = 0,
+    plant: Callable[[Candidate], Candidate] = lambda true: true,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Compare a checkpoint with the folder its weights came from or, without one, with its own export.
+
+    Args:
+        directory: a run folder, or one step's.
+        source: the Hugging Face folder that is the reference; None to use the export.
+        dtype: compute dtype of candidate and peer.
+        calibration: the limits.
+        everything: go on after a rung that failed.
+        seed: of the probe inputs.
+        plant: changes the candidate after it was loaded and exported, to plant a fault.
+        progress: told the name of each rung before it runs, and "" at the end.
+
+    Raises:
+        InputError: a checkpoint or a folder that cannot be used, or a config without a Hugging Face type.
+    """
+    loaded = checkpoint.load(directory)
+    with TemporaryDirectory() as place:
+        export = Path(place, "export")
+        progress("export")
+        hf.write(loaded, export)
+        reference = Reference.load(source or export, dtype)
+        chosen = plant(_candidate(loaded, dtype))
+        comparison = Comparison(chosen, reference, export, source, calibration, seed)
+        report = ladder.climb(comparison, everything=everything, progress=progress)
+    progress("")
+    return report
+
+
+def import_folder(source: Path, directory: Path) -> None:
+    """A Hugging Face folder as a checkpoint, through the product's importer."""
+    hf.import_hf(source, directory)

@@ -1,0 +1,133 @@
+"""`python -m oracle`: exit codes, messages and the JSON report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from oracle import models, noise, subject
+from oracle.__main__ import main
+from oracle.noise import Calibration
+
+CONFIG = models.MODELS["llama"] | {"num_hidden_layers": 1, "max_position_embeddings": 24}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Hugging Face folder and the checkpoint imported from it."""
+    place = tmp_path_factory.mktemp("cli")
+    source = models.write(CONFIG, place / "hf", "float32", seed=77)
+    subject.import_folder(source, place / "checkpoint")
+    return source, place / "checkpoint"
+
+
+def test_a_true_checkpoint_passes_with_its_source_and_writes_the_report(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, checkpoint = folders
+    report = tmp_path / "report.json"
+    code = main(["compare", str(checkpoint), "--reference", str(source), "--json", str(report)])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed.startswith("PASS. No difference beyond measured noise in environment, bits, operators, forward")
+    document = json.loads(report.read_text())
+    assert document["verdict"] == "pass"
+    assert document["first_divergence"] is None
+    assert "bf16 bits read as fp16" in document["exposed_classes"]
+
+
+def test_a_checkpoint_alone_is_compared_with_its_own_export(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["compare", str(folders[1]), "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert "against the export only (no --reference)" in printed
+    assert "Could not have shown (no --reference folder to compare the weights with): kernel transposed" in printed
+
+
+def test_a_checkpoint_of_other_weights_fails_and_names_the_first_parameter(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = models.write(CONFIG, tmp_path / "hf", "float32", seed=77)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert main(["compare", str(folders[1]), "--reference", str(other)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("FAIL. First divergence: layers.0.mlp.up.kernel, a parameter (reference). 1 of 2,184")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare"], "the following arguments are required"),
+        (["compare", "no/such/folder"], "no/such/folder"),
+        (["compare", "{checkpoint}", "--reference", "no/such/hf"], "no/such/hf has no config.json"),
+        (["compare", "{checkpoint}", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["compare", "{checkpoint}", "--json", "no/such/folder/report.json"], "does not exist; create it first"),
+        (["verify"], "invalid choice: 'verify'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    folders: tuple[Path, Path], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main([argument.format(checkpoint=folders[1]) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("oracle: ")
+    assert message in printed.err
+
+
+def test_a_missing_calibration_is_inconclusive(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(noise, "stored_calibration", lambda: Calibration(4.0, {}, {}))
+    assert main(["compare", str(folders[1])]) == 3
+    assert capsys.readouterr().out.startswith("INCONCLUSIVE. the calibration has no clean runs of")
+
+
+def test_an_unexpected_exception_is_exit_code_4_with_the_traceback_on_request(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug\nin two lines")
+
+    monkeypatch.setattr(subject, "compare", broken)
+    assert main(["compare", str(folders[1])]) == 4
+    assert capsys.readouterr().err == "oracle: broke with RuntimeError: a bug (--debug shows where)\n"
+    assert main(["--debug", "compare", str(folders[1])]) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_without_torch_the_message_says_what_to_install():
+    code = (
+        "import sys, importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "from oracle.__main__ import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(main(['compare', 'x']))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "oracle: the oracle needs torch: pip install jaxgpt[oracle]\n"
+
+
+def test_a_report_with_infinite_errors_is_still_json(folders: tuple[Path, Path], tmp_path: Path):
+    source, checkpoint = folders
+    candidate = subject.candidate(checkpoint, "float32")
+    broken = {**candidate.stored, "layers.0.mlp.up.kernel": np.full((42, 52), np.nan, np.float32)}
+
+    def plant(true: Any) -> Any:
+        return type(true)(true.config, broken, true.dtype)
+
+    report = subject.compare(checkpoint, source, "float32", noise.stored_calibration(), plant=plant, everything=True)
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert '"inf"' in text
+    assert report.verdict == "fail"
