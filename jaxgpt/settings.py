@@ -210,6 +210,8 @@ class GenerateSettings:
     """texts to continue; several are one batch"""
     messages: str = ""
     """conversations to answer: JSON (a list of messages) or chat JSONL"""
+    ids: tuple[str, ...] = ()
+    """a prompt as token ids, such as 464,2068 (repeatable); for models without a tokenizer too"""
     device: Device = "auto"
     """a device that is asked for and missing is an error"""
     compute_dtype: ComputeDtype | None = None

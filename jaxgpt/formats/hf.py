@@ -295,19 +295,26 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # -- Commands --------------------------------------------------------------------------
 
 
-def import_hf(source: str | Path, out: str | Path) -> list[str]:
-    """Make a checkpoint of a Hugging Face folder; lines the caller should print.
+def import_hf(
+    source: str | Path, out: str | Path, *, cast: Literal["float32", "bfloat16", "float16"] | None = None
+) -> list[str]:
+    """Make a checkpoint of a Hugging Face folder, in the file's dtype or `cast`; lines the caller should print.
 
     Raises:
         InputError: as `read` does; OUT exists and is not empty; or the disk is full.
     """
     _refuse_existing(Path(out))
     found = read(source)
+    params = found.params
+    if cast is not None:
+        import jax.numpy as jnp
+
+        params = {name: array.astype(jnp.dtype(cast)) for name, array in params.items()}
     contents = Contents(
         config=found.config,
-        params=found.params,
+        params=params,
         stage="base",
-        compute_dtype=found.dtype,
+        compute_dtype=cast or found.dtype,
         eos_token_ids=found.eos_token_ids,
         tokenizer=found.tokenizer,
         template=found.template,

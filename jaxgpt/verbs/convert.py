@@ -9,7 +9,8 @@ def import_(settings: ImportSettings, output: Output) -> int:
     from jaxgpt.formats import hf
 
     with waiting("importing"):
-        notices = hf.import_hf(settings.source, settings.directory, dtype=settings.dtype)
+        cast = None if settings.dtype == "keep" else settings.dtype
+        notices = hf.import_hf(settings.source, settings.directory, cast=cast)
     return _done(notices, settings.directory, f"imported {settings.source} into {settings.directory}", output)
 
 

@@ -16,23 +16,37 @@ if TYPE_CHECKING:
 
 def generate(settings: GenerateSettings, output: Output) -> int:
     """Continue each prompt; one prompt is streamed, several are a batch."""
-    prompts: list[Any] = list(settings.prompts)
-    if bool(prompts) == bool(settings.messages):
-        got = "both" if prompts else "neither"
-        raise InputError(f'expected a prompt or --messages FILE, got {got}; for example `jaxgpt generate DIR "def "`')
-    if settings.messages:
-        prompts = list(read_conversations(settings.messages))
+    prompts = _prompts(settings)
     lm = _load(settings, output)
     chosen = settings.generation
     if settings.messages:
         _refuse_answered(prompts, settings.messages, lm)
         # A template without end tokens ends its turns with text.
         chosen = dataclasses.replace(chosen, stop=(*chosen.stop, *(lm.template.stop_strings if lm.template else ())))
-    if len(prompts) == 1 and not output.json:
+    if len(prompts) == 1 and lm.tokenizer and not output.json:
         print_pieces(lm.stream(prompts[0], **_fields(chosen)), output)
     else:
         _batch(lm, prompts, chosen, output)
     return 0
+
+
+def _prompts(settings: GenerateSettings) -> list[Any]:
+    kinds = [bool(settings.prompts), bool(settings.messages), bool(settings.ids)]
+    if sum(kinds) != 1:
+        got = "several of them" if any(kinds) else "none of them"
+        raise InputError(
+            f'expected prompts, --messages FILE or --ids, got {got}; for example `jaxgpt generate DIR "def "`'
+        )
+    if settings.messages:
+        return list(read_conversations(settings.messages))
+    return [_ids(text) for text in settings.ids] or list(settings.prompts)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"--ids must be integers, got {text!r}; write --ids 464,2068") from None
 
 
 def _refuse_answered(conversations: list[Any], file: str, lm: "LM") -> None:
@@ -49,7 +63,8 @@ def _batch(lm: "LM", prompts: list[Any], chosen: GenerationSettings, output: Out
         if output.json:
             output.result({"prompt": prompt, **dataclasses.asdict(done)})
         else:
-            output.say(f"[{number}/{len(prompts)}]\n{done.text}")
+            head = f"[{number}/{len(prompts)}]\n" if len(prompts) > 1 else ""
+            output.say(head + (done.text if lm.tokenizer else ",".join(map(str, done.ids))))
 
 
 def chat(settings: ChatSettings, output: Output) -> int:
