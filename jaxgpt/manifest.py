@@ -27,6 +27,8 @@ def seal(folder: Path) -> None:
     """
     listed: dict[str, dict[str, Any]] = {}
     for name, path in sorted(files(folder).items()):
+        if name == MANIFEST:
+            continue
         listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         sync(path)
     write_synced(folder / MANIFEST, _text(listed))
