@@ -135,9 +135,13 @@ def _check(contents: Contents) -> None:
 
 def _begin_arrays(partial: Path, contents: Contents) -> Any:
     ocp = _orbax()
-    trees = {"params": dict(contents.params)}
-    if contents.train is not None:
-        trees["train"] = dict(contents.train)
+    given = {"params": contents.params, "train": contents.train}
+    # Orbax takes no numpy scalar, which numpy makes of every 0-dimensional result.
+    trees = {
+        tree: {name: np.asarray(array) if isinstance(array, np.generic) else array for name, array in arrays.items()}
+        for tree, arrays in given.items()
+        if arrays is not None
+    }
     with _storage():
         return ocp.save_checkpointables_async(partial, trees)
 
