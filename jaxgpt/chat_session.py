@@ -133,6 +133,11 @@ class ChatSession:
         return self.send(turn.text)
 
     @property
+    def has_reply(self) -> bool:
+        """There is a reply of this session to generate again."""
+        return self._turn is not None
+
+    @property
     def _read(self) -> int:
         """Ids the cache holds."""
         return int(self.conversation.lengths[0])

@@ -99,6 +99,8 @@ class Repl:
 
     def _regenerate(self, rest: str) -> None:
         settings = self.session.settings
+        if not self.session.has_reply:
+            raise InputError("there is no reply to generate again; send a message first")
         if settings.temperature <= 0:
             self.output.note("(greedy: the reply will be the same; /set temperature 0.8 changes that)")
         self.session.configure(dataclasses.replace(settings, seed=(settings.seed + 1) % 2**32))
