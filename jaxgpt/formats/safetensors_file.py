@@ -39,7 +39,7 @@ def read_header(path: Path) -> tuple[Header, int]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise InputError(f"{path.name}: header declares {tebi(length)}, file is {tebi(size)}; refused")
+                raise InputError(f"{path.name}: header declares {_short(length)}, file is {_short(size)}; refused")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -61,13 +61,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_offsets(file: str, header: Header, available: int) -> None:
     end = 0
     for name, start, stop in sorted(((n, *_offsets(file, n, e)) for n, e in header.items()), key=lambda item: item[1:]):
-        if stop > available:
-            raise InputError(f"{file}: header declares {tebi(stop)}, file is {tebi(available)}; refused")
         if start != end:
             raise InputError(f"{file}: tensor {name} does not begin where the one before ends; refused")
         end = stop
     if end != available:
-        raise InputError(f"{file}: header declares {tebi(end)}, file is {tebi(available)}; refused")
+        raise InputError(f"{file}: header declares {_short(end)}, file is {_short(available)}; refused")
 
 
 def _offsets(file: str, name: str, entry: Any) -> tuple[int, int]:
@@ -115,7 +113,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def tebi(size: int) -> str:
+def _short(size: int) -> str:
     """`8 TiB`, `1 KB`: a number of bytes in short."""
     for unit, bytes_ in (("TiB", 2**40), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if size >= bytes_:
