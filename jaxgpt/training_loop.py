@@ -174,7 +174,8 @@ class Loop:
         starved = "" if ratio >= CHINCHILLA else f" (fewer than the {CHINCHILLA} that use compute best)"
         say = self.log.say
         if self.r.resumed:
-            say(f"resuming at step {step}")
+            for notice in (*self.r.resumed.notices, f"resuming at step {step}"):
+                say(notice)
         if device.overlooked_gpu():
             say("this machine has an NVIDIA GPU that JAX does not use; install jaxgpt[cuda12]")
         say(f"{count:,} parameters, {self.dtype} on {device.describe()}, {ratio:.1f} tokens a parameter{starved}")
@@ -226,7 +227,7 @@ class Loop:
         self.skipped = 0
         trained = int(batches["mask"].sum())
         self.tokens += trained
-        rates = pace.of(trained, time.monotonic() - started)
+        rates = pace.of(int((batches["segments"] > 0).sum()), time.monotonic() - started)
         values = {
             "loss": self.loss,
             "grad_norm": float(report.grad_norm),
@@ -333,10 +334,10 @@ class _Pace:
         self.flops = processed * flops.flops_per_token(config, settings.sequence_length)
         self.peak = flops.peak(device.describe())
 
-    def of(self, trained: int, seconds: float) -> dict[str, float | None]:
-        """Trained tokens a second, and FLOPs of all tokens as a share of the peak."""
+    def of(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """Tokens a second, padding left out, and FLOPs of all places as a share of the peak."""
         mfu = self.flops / seconds / self.peak if self.peak else None
-        return {"tokens_per_second": trained / seconds, "mfu": mfu}
+        return {"tokens_per_second": tokens / seconds, "mfu": mfu}
 
 
 @dataclass

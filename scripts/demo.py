@@ -134,7 +134,7 @@ def demo(folder: Path) -> None:
 
     heading("2/7 Pretrain: a small GPT, from nothing")
     pretraining = flags(data=data, out=base, preset="tiny", steps=PRETRAIN_STEPS, sequence_length=128)
-    run(["jaxgpt", "pretrain", *pretraining, *flags(learning_rate=3e-3, eval_every=250, sample_every=250)])
+    run(["jaxgpt", "pretrain", *pretraining, *flags(learning_rate=3e-3, eval_every=100, sample_every=250)])
     ours, bigram = held_out_losses(data, base)
     print(f"held-out files: model {ours:.3f} nats a token, interpolated bigram {bigram:.3f}", flush=True)
     if ours > bigram - MARGIN:
