@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jax.numpy as jnp
+
 from jaxgpt import checkpoint
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.formats import hf
@@ -26,7 +28,9 @@ def candidate(directory: Path, dtype: str) -> Candidate:
 
 def _candidate(loaded: Checkpoint, dtype: str) -> Candidate:
     real_ids = loaded.tokenizer.vocab_size if loaded.tokenizer else None
-    return Candidate(loaded.config, loaded.params, dtype, real_ids=real_ids)
+    # On the device once, so that the compute dtype's copy is none where it is the stored one.
+    stored = {name: jnp.asarray(array) for name, array in loaded.params.items()}
+    return Candidate(loaded.config, stored, dtype, real_ids=real_ids)
 
 
 def compare(
@@ -55,17 +59,21 @@ def compare(
     Raises:
         InputError: a checkpoint or a folder that cannot be used, or a config without a Hugging Face type.
     """
-    loaded = checkpoint.load(directory)
     with TemporaryDirectory() as place:
         export = Path(place, "export")
         progress("export")
-        hf.write(loaded, export)
+        chosen = plant(_exported(directory, export, dtype))
         reference = Reference.load(source or export, dtype)
-        chosen = plant(_candidate(loaded, dtype))
         comparison = Comparison(chosen, reference, export, source, calibration, seed)
         report = ladder.climb(comparison, everything=everything, progress=progress)
     progress("")
     return report
+
+
+def _exported(directory: Path, export: Path, dtype: str) -> Candidate:
+    loaded = checkpoint.load(directory)
+    hf.write(loaded, export)
+    return _candidate(loaded, dtype)
 
 
 def import_folder(source: Path, directory: Path) -> None:
