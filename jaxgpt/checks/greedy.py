@@ -58,7 +58,10 @@ def _knob_problems(lm: LM, prompts: list[list[int]], ids: Sequence[Sequence[int]
         completions = lm.generate(prompts, max_new_tokens=steps, temperature=0.0, **knobs)
         for row, (completion, new) in enumerate(zip(completions, ids, strict=True)):
             if completion.ids != new[: len(completion.ids)]:
-                yield f"row {row} gave {completion.ids} with {knobs or 'no other knob'}, expected {new}"
+                yield (
+                    f"temperature 0 is not greedy: with {knobs or 'no other knob'} row {row} gave {completion.ids}, "
+                    f"expected {new}"
+                )
 
 
 def _forced_problems(lm: LM) -> Iterator[str]:

@@ -138,7 +138,7 @@ def forward_parity_test(lm: LM) -> CheckLine:
 def _training_logits(lm: LM, ids: jax.Array) -> np.ndarray:
     """As `train_step` runs it on a packed row, but for the dropped numbers."""
     B, T = ids.shape
-    keep = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), _keep)
+    keep = {f"{place}_dropout": _keep for place in ("embedding", "attention", "residual")}
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
 
     def forward(params: model.Params) -> jax.Array:

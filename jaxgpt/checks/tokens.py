@@ -214,6 +214,9 @@ def _end_token_problems(tokenizer: Tokenizer, template: Template, wanted: Sequen
 
 
 def _stop_id_problems(lm: LM, wanted: Sequence[int]) -> Iterator[str]:
+    if lm.tokenizer:
+        for id in set(wanted) - lm.tokenizer.special_ids:
+            yield f"stop id {token(lm.tokenizer, id)} is no special token of this tokenizer: it is hard-coded or moved"
     stops = np.asarray(lm.generator.vocabulary.stops)
     for place, ids in (
         ("the loaded model", sorted(lm.stop_ids)),
@@ -243,14 +246,19 @@ def _stopping_problems(lm: LM, wanted: Sequence[int]) -> Iterator[str]:
     certain = np.zeros((conversation.cache.lengths.shape[0], lm.config.vocab_size), np.float32)
     certain[np.arange(len(forced)), forced] = 1.0
     conversation.logits = jnp.asarray(certain)
-    replies = [Reply(lm.tokenizer, (), lm.stop_ids) for _ in forced]
+    ids: list[list[int]] = [[] for _ in forced]
     for chunk in conversation.generate([2] * len(forced)):
-        for reply, ids in zip(replies, chunk, strict=True):
-            reply.push(ids)
-    for id, reply in zip(wanted, replies, strict=False):
-        if reply.ids != [id] or reply.reason != "stop_token":
-            yield f"after {token(lm.tokenizer, id)} generation goes on with {reply.ids[1:]}"
-        elif reply.text + reply.finish():
-            yield f"the stop token {token(lm.tokenizer, id)} is printed in the reply"
-    if len(replies[-1].ids) != 2 and replies[-1].reason != "stop_token":
+        for row, new in zip(ids, chunk, strict=True):
+            row += new
+    for id, row in zip(wanted, ids, strict=False):
+        if row != [id]:
+            yield f"after the stop token {token(lm.tokenizer, id)} generation goes on with {row[1:]}"
+        if _printed(lm, row):
+            yield f"the stop token {token(lm.tokenizer, id)} is printed in the reply as {_printed(lm, row)!r}"
+    if len(ids[-1]) != 2:
         yield f"generation stops at {token(lm.tokenizer, other)}, which is no stop token"
+
+
+def _printed(lm: LM, ids: Sequence[int]) -> str:
+    reply = Reply(lm.tokenizer, (), lm.stop_ids)
+    return reply.push(ids) + reply.finish()
