@@ -44,7 +44,7 @@ def test_a_true_checkpoint_passes_with_its_source_and_writes_the_report(
 def test_a_checkpoint_alone_is_compared_with_its_own_export(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["compare", str(folders[1]), "--dtype", "bfloat16"]) == 0
+    assert main(["compare", str(folders[1])]) == 0
     printed = capsys.readouterr().out
     assert "against the export only (no --reference)" in printed
     assert "Could not have shown (no --reference folder to compare the weights with): kernel transposed" in printed
