@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxgpt import checkpoint, device, model
 from jaxgpt.chat import TEMPLATES, Template
@@ -26,12 +26,7 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
     Raises:
         InputError: settings, data or model that do not fit together; before anything is written.
     """
-    if settings.resume:
-        resumed = _resumable(settings.out, "pretrain")
-        settings = _restore(PretrainSettings, resumed.train_json, settings)
-    else:
-        resumed = None
-        _new_folder(settings.out)
+    settings, resumed = _resumed(settings, "pretrain")
     device.use(settings.train.device)
     shards = TokenShards(_given("--data", settings.data))
     shards.judge_first_shard()
@@ -70,12 +65,7 @@ def sft(settings: SFTSettings) -> TrainResult:
     Raises:
         InputError: settings, data or model that do not fit together; before anything is written.
     """
-    if settings.resume:
-        resumed = _resumable(settings.out, "sft")
-        settings = _restore(SFTSettings, resumed.train_json, settings)
-    else:
-        resumed = None
-        _new_folder(settings.out)
+    settings, resumed = _resumed(settings, "sft")
     device.use(settings.train.device)
     source = resumed or checkpoint.load(_given("--model", settings.model))
     if source.tokenizer is None:
@@ -103,6 +93,9 @@ def sft(settings: SFTSettings) -> TrainResult:
         resumed=resumed,
     )
     return Loop(run).run()
+
+
+_Settings = TypeVar("_Settings", PretrainSettings, SFTSettings)
 
 
 # -- Putting a run together ------------------------------------------------------------
@@ -137,27 +130,27 @@ def _given(flag: str, value: str) -> str:
     return value
 
 
-def _new_folder(out: str) -> None:
-    if steps(_given("--out", out)):
-        raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
+def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint | None]:
+    """The settings to run with, and the checkpoint to go on from when resuming.
 
-
-def _resumable(out: str, command: str) -> Checkpoint:
-    found = checkpoint.load(_given("--out", out), train=True, fallback=True)
+    A resumed run takes the settings it was started with; only where it lies may have changed.
+    """
+    out = _given("--out", settings.out)
+    if not settings.resume:
+        if steps(out):
+            raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
+        return settings, None
+    found = checkpoint.load(out, train=True, fallback=True)
     if found.train is None or found.train_json is None:
         raise InputError(f"{out} has no training state to resume; start from it with --init-from")
-    if found.train_json["origin"]["command"] != command:
-        raise InputError(f"{out} was written by {found.train_json['origin']['command']}; resume it with that command")
-    return found
-
-
-def _restore(kind: Any, saved: Any, asked: Any) -> Any:
-    """The settings a run was started with; only where it lies may have changed."""
-    values = saved["origin"]["settings"]
-    nested: dict[str, Any] = {"train": TrainSettings(**values["train"])}
-    if "model" in values and isinstance(values["model"], dict):
-        nested["model"] = ModelSettings(**values["model"])
-    return kind(**{**values, **nested, "out": asked.out, "resume": True})
+    origin = found.train_json["origin"]
+    if origin["command"] != command:
+        raise InputError(f"{out} was written by {origin['command']}; resume it with that command")
+    values: dict[str, Any] = {**origin["settings"], "out": out, "resume": True}
+    values["train"] = TrainSettings(**values["train"])
+    if isinstance(settings, PretrainSettings):
+        values["model"] = ModelSettings(**values["model"])
+    return type(settings)(**values), found
 
 
 def _same_tokenizer(source: Checkpoint, tokenizer: Tokenizer) -> None:
