@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxgpt import field_checks
 from jaxgpt.errors import InputError, first
+from jaxgpt.field_checks import shortened
+from jaxgpt.hf_keys import ACTIVATION_NAMES, GPT2_NAMES, HARMLESS, REQUIRED_VALUES
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        _one_of("rope_scaling.rope_type", self.rope_type, ("linear", "llama3"))
+        field_checks.one_of("rope_scaling.rope_type", self.rope_type, ("linear", "llama3"))
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            field_checks.positive(f"rope_scaling.{name}", getattr(self, name))
+        field_checks.size("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings)
         if self.factor < 1.0:
             raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -88,18 +94,19 @@ class ModelConfig:
     """Standard deviation of fresh weights."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a positive integer, got {value!r}")
+        for name in _SIZES:
+            field_checks.size(name, getattr(self, name))
         for name, choices in _CHOICES.items():
-            _one_of(name, getattr(self, name), choices)
+            field_checks.one_of(name, getattr(self, name), choices)
+        for name in _SWITCHES:
+            field_checks.switch(name, getattr(self, name))
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            field_checks.rate(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+            field_checks.positive(name, getattr(self, name))
+        scaling: Any = self.rope_scaling
+        if not isinstance(scaling, RopeScaling | None):
+            raise InputError(f"rope_scaling must be null or an object with rope_type, got {shortened(scaling)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -116,7 +123,7 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Inverse of `to_dict`; raises InputError for unknown or missing keys."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - fields.keys())
+        unknown = sorted(map(str, values.keys() - fields.keys()))
         if unknown:
             raise InputError(f"model config has unknown keys {first(unknown)}; this version knows {len(fields)} fields")
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
@@ -124,11 +131,11 @@ class ModelConfig:
             raise InputError(f"model config lacks {first(missing)}")
         plain = dict(values)
         if isinstance(plain.get("rope_scaling"), Mapping):
-            plain["rope_scaling"] = RopeScaling(**plain["rope_scaling"])
+            plain["rope_scaling"] = _scaling(plain["rope_scaling"])
         return cls(**plain)
 
 
-_POSITIVE = (
+_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -138,6 +145,13 @@ _POSITIVE = (
     "head_dim",
     "max_position_embeddings",
 )
+_SWITCHES = (
+    "gated_mlp",
+    "qkv_bias",
+    "attention_output_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+)
 _CHOICES = {
     "position_embedding": ("learned", "rope"),
     "norm": ("layernorm", "rmsnorm"),
@@ -145,9 +159,15 @@ _CHOICES = {
 }
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+def _scaling(values: Mapping[str, Any]) -> RopeScaling:
+    known = {f.name: f for f in dataclasses.fields(RopeScaling)}
+    unknown = sorted(map(str, values.keys() - known.keys()))
+    if unknown:
+        raise InputError(f"rope_scaling has unknown keys {first(unknown)}; this version knows {', '.join(known)}")
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
+    if missing:
+        raise InputError(f"rope_scaling lacks {first(missing)}")
+    return RopeScaling(**values)
 
 
 # -- Presets ---------------------------------------------------------------------------
@@ -229,68 +249,6 @@ PRESETS: dict[str, ModelConfig] = {
 
 # -- Hugging Face config.json ----------------------------------------------------------
 
-GPT2_NAMES = {
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "layer_norm_epsilon": "rms_norm_eps",
-    "activation_function": "hidden_act",
-}
-"""GPT-2's names for fields of ModelConfig."""
-
-ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
-"""Other spellings transformers uses for the same function."""
-
-HARMLESS = {
-    "architectures": "names the class of another program",
-    "model_type": "read first, to choose the translation",
-    "transformers_version": "provenance",
-    "dtype": "the weights' dtype is read from their file",
-    "torch_dtype": "the weights' dtype is read from their file",
-    "use_cache": "every model here has a cache",
-    "bos_token_id": "belongs to the tokenizer",
-    "eos_token_id": "read by the importer as stop ids",
-    "pad_token_id": "belongs to the tokenizer",
-    "task_specific_params": "generation defaults of another program",
-    "_name_or_path": "provenance",
-    "name_or_path": "provenance",
-    "pretraining_tp": "splits a matrix product without changing it",
-    "n_ctx": "GPT-2's old name for n_positions",
-    "summary_type": "sequence classification head",
-    "summary_use_proj": "sequence classification head",
-    "summary_activation": "sequence classification head",
-    "summary_first_dropout": "sequence classification head",
-    "summary_proj_to_labels": "sequence classification head",
-    "return_dict": "output format of another program",
-    "output_attentions": "output format of another program",
-    "output_hidden_states": "output format of another program",
-    "return_dict_in_generate": "output format of another program",
-    "chunk_size_feed_forward": "splits a matrix product without changing it",
-    "is_encoder_decoder": "checked below",
-    "id2label": "classification head",
-    "label2id": "classification head",
-    "problem_type": "classification head",
-    "max_window_layers": "read only with use_sliding_window",
-    "sliding_window": "read only with use_sliding_window",
-    "partial_rotary_factor": "checked below",
-}
-"""config.json keys that change nothing here, each with the reason."""
-
-REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False, True),  # a precision choice; scores are fp32 here anyway
-    "add_cross_attention": (False,),
-    "is_decoder": (True, False),
-    "is_encoder_decoder": (False,),
-    "use_sliding_window": (False,),
-    "partial_rotary_factor": (1.0, 1, None),
-    "tie_encoder_decoder": (False,),
-}
-"""config.json keys of which only some values mean the model that is built here."""
-
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Translate a Hugging Face config.json of `gpt2`, `llama` or `qwen2`.
@@ -303,18 +261,22 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     model_type = hf.get("model_type")
     readers = {"gpt2": _from_gpt2, "llama": _from_llama, "qwen2": _from_llama}
-    if model_type not in readers:
-        raise InputError(f"config.json has model_type {model_type!r}; jaxgpt reads {', '.join(readers)}")
+    if not isinstance(model_type, str) or model_type not in readers:
+        raise InputError(f"config.json has model_type {shortened(model_type)}; jaxgpt reads {', '.join(readers)}")
     for key, allowed in REQUIRED_VALUES.items():
         if key in hf and hf[key] not in allowed:
-            raise InputError(f"config.json has {key}={hf[key]!r}; jaxgpt supports {allowed[0]!r} only")
+            raise InputError(f"config.json has {key}={shortened(hf[key])}; jaxgpt supports {allowed[0]!r} only")
     values, understood = readers[model_type](hf)
-    unknown = sorted(hf.keys() - understood - HARMLESS.keys() - REQUIRED_VALUES.keys())
+    unknown = sorted(map(str, hf.keys() - understood - HARMLESS.keys() - REQUIRED_VALUES.keys()))
     if unknown:
         raise InputError(
             f"config.json has keys jaxgpt does not know: {first(unknown)}; remove them if they change nothing"
         )
-    return ModelConfig(**values)
+    config = ModelConfig(**values)
+    # Its name table is chosen by the config's fields: they must say the same type.
+    if hf_model_type(config) != model_type:
+        raise InputError(f"config.json says {model_type}, but its values are those of a {hf_model_type(config)}")
+    return config
 
 
 def _required(hf: Mapping[str, Any], keys: tuple[str, ...]) -> None:
@@ -323,88 +285,127 @@ def _required(hf: Mapping[str, Any], keys: tuple[str, ...]) -> None:
         raise InputError(f"config.json lacks {first(missing)}")
 
 
+def _given(hf: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value, or the default where the key is missing or null; 0 and false are values."""
+    value = hf.get(key)
+    return default if value is None else value
+
+
+def _heads(hf: Mapping[str, Any], width: str, heads: str) -> tuple[int, int]:
+    """(D, N) of a config: the only values computed with before ModelConfig checks them."""
+    for key in (width, heads):
+        field_checks.size(f"config.json: {key}", hf[key])
+    if hf[width] % hf[heads]:
+        raise InputError(f"config.json has {width}={hf[width]}, which is not a multiple of {heads}={hf[heads]}")
+    return hf[width], hf[heads]
+
+
+def _switch(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+    field_checks.switch(f"config.json: {key}", hf.get(key, default))
+    return hf.get(key, default)
+
+
 def _activation(name: Any) -> Any:
-    return ACTIVATION_NAMES.get(name, name)
+    return ACTIVATION_NAMES.get(name, name) if isinstance(name, str) else name
+
+
+_SAME_NAMES = ("vocab_size", "tie_word_embeddings", "initializer_range")
+_LLAMA_NAMES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias"),
+    *("attention_dropout", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"),
+)
 
 
 def _from_gpt2(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     _required(hf, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"))
     renamed = {ours: hf[theirs] for theirs, ours in GPT2_NAMES.items() if theirs in hf}
-    hidden, heads = hf["n_embd"], hf["n_head"]
-    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-        raise InputError(f"config.json has n_embd={hidden!r}, which is not a multiple of n_head={heads!r}")
+    hidden, heads = _heads(hf, "n_embd", "n_head")
     values = {
         **renamed,
         "vocab_size": hf["vocab_size"],
         "num_key_value_heads": heads,
         "head_dim": hidden // heads,
-        "intermediate_size": hf.get("n_inner") or 4 * hidden,
+        "intermediate_size": _given(hf, "n_inner", 4 * hidden),
         "hidden_act": _activation(hf.get("activation_function", "gelu_new")),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+        "tie_word_embeddings": _switch(hf, "tie_word_embeddings", True),
         **{name: hf.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")},
         "initializer_range": hf.get("initializer_range", 0.02),
     }
-    return values, {*GPT2_NAMES, *values}
+    return values, {*GPT2_NAMES, *_SAME_NAMES, "embd_pdrop", "attn_pdrop", "resid_pdrop"}
 
 
 def _from_llama(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     _required(hf, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
     is_qwen2 = hf["model_type"] == "qwen2"
-    layer_types = hf.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
+    layer_types = _given(hf, "layer_types", [])
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError("config.json has layer_types other than full_attention; jaxgpt supports full_attention only")
-    if is_qwen2 and (hf.get("attention_bias") or hf.get("mlp_bias")):
+    attention_bias, mlp_bias = _switch(hf, "attention_bias", False), _switch(hf, "mlp_bias", False)
+    if is_qwen2 and (attention_bias or mlp_bias):
         raise InputError("config.json of a qwen2 model has attention_bias or mlp_bias, which qwen2 does not read")
     theta, scaling = _rope(hf)
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
-    if not isinstance(heads, int) or heads < 1:
-        raise InputError(f"config.json has num_attention_heads={heads!r}; expected a positive integer")
-    attention_bias = bool(hf.get("attention_bias", False))
+    hidden, heads = _heads(hf, "hidden_size", "num_attention_heads")
+    kv_heads = heads if "num_key_value_heads" in hf or not is_qwen2 else 32
     values = {
         **LLAMA_STYLE,
-        **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+        **{key: hf[key] for key in ("vocab_size", "intermediate_size", "num_hidden_layers")},
+        "hidden_size": hidden,
         "num_attention_heads": heads,
         # null means as many as query heads; a missing key means transformers' default of the type.
-        "num_key_value_heads": hf.get("num_key_value_heads", 32 if is_qwen2 else heads) or heads,
-        "head_dim": hf.get("head_dim") or hidden // heads,
+        "num_key_value_heads": _given(hf, "num_key_value_heads", kv_heads),
+        "head_dim": _given(hf, "head_dim", hidden // heads),
         "max_position_embeddings": hf.get("max_position_embeddings", 32768 if is_qwen2 else 2048),
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "hidden_act": _activation(hf.get("hidden_act", "silu")),
         "qkv_bias": True if is_qwen2 else attention_bias,
         "attention_output_bias": False if is_qwen2 else attention_bias,
-        "mlp_bias": bool(hf.get("mlp_bias", False)),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        "mlp_bias": mlp_bias,
+        "tie_word_embeddings": _switch(hf, "tie_word_embeddings", False),
         "attn_pdrop": hf.get("attention_dropout", 0.0),
         "initializer_range": hf.get("initializer_range", 0.02),
         "rope_theta": theta,
         "rope_scaling": scaling,
     }
-    read_elsewhere = {"attention_bias", "attention_dropout", "layer_types", "rope_parameters"}
-    return values, {*values, *read_elsewhere}
+    return values, {*_SAME_NAMES, *_LLAMA_NAMES}
 
 
-_ROPE_KEYS = {"rope_theta", "rope_type", "type"}
+_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_SCALING_KEYS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""Keys of each rope type; all are needed."""
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(hf: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     """Theta and scaling from `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
-    parameters: Mapping[str, Any] = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type == "default":
-        return float(theta), None
-    known = {f.name for f in dataclasses.fields(RopeScaling)}
-    unknown = sorted(parameters.keys() - known - _ROPE_KEYS - {"partial_rotary_factor"})
-    if rope_type not in ("linear", "llama3") or unknown:
+    key, parameters = _rope_parameters(hf)
+    theta = _given(parameters, "rope_theta", _given(hf, "rope_theta", 10000.0))
+    rope_type: Any = parameters.get("rope_type", parameters.get("type", "default"))
+    field_checks.one_of(f"config.json: rope_type of {key}", rope_type, tuple(_SCALING_KEYS))
+    needed = _SCALING_KEYS[rope_type]
+    missing, unknown = sorted(needed - parameters.keys()), sorted(map(str, parameters.keys() - needed - _ROPE_KEYS))
+    if missing:
+        raise InputError(f"config.json has rope type {rope_type!r} without {first(missing)}")
+    if unknown:
         raise InputError(
-            f"config.json has rope type {rope_type!r} with keys {first(sorted(parameters))}; "
-            "jaxgpt supports default, linear and llama3"
+            f"config.json has rope type {rope_type!r} with {first(unknown)}, which it does not read; "
+            "check rope_type, or remove them"
         )
-    values = {key: parameters[key] for key in known - {"rope_type"} if key in parameters}
-    needed = known - {"rope_type"} if rope_type == "llama3" else {"factor"}
-    if not needed <= values.keys():
-        raise InputError(f"config.json has rope type {rope_type!r} without {first(sorted(needed - values.keys()))}")
-    return float(theta), RopeScaling(rope_type=rope_type, **values)
+    return theta, RopeScaling(rope_type, **{name: parameters[name] for name in needed}) if needed else None
+
+
+def _rope_parameters(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The key that is read, and its object."""
+    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    parameters = _given(hf, key, {})
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"config.json has {key}={shortened(parameters)}; expected an object with rope_type")
+    if parameters.get("partial_rotary_factor") not in REQUIRED_VALUES["partial_rotary_factor"]:
+        raise InputError(f"config.json has partial_rotary_factor in {key}; jaxgpt rotates whole heads only")
+    return key, parameters
 
 
 def hf_model_type(config: ModelConfig) -> str:
@@ -419,10 +420,12 @@ def hf_model_type(config: ModelConfig) -> str:
         square = c.num_key_value_heads == c.num_attention_heads and c.head_dim * c.num_attention_heads == c.hidden_size
         if biased and square:
             return "gpt2"
-    if c.position_embedding == "rope" and c.norm == "rmsnorm" and c.gated_mlp:
+    # transformers refuses a width that the heads do not divide, whatever head_dim is.
+    divisible = c.hidden_size % c.num_attention_heads == 0
+    if c.position_embedding == "rope" and c.norm == "rmsnorm" and c.gated_mlp and divisible:
         if c.qkv_bias == c.attention_output_bias:
             return "llama"
-        if c.qkv_bias and not c.mlp_bias and c.head_dim * c.num_attention_heads == c.hidden_size:
+        if c.qkv_bias and not c.mlp_bias:
             return "qwen2"
     raise InputError(
         "this architecture has no Hugging Face model type (gpt2, llama, qwen2): "
@@ -471,6 +474,8 @@ def _to_llama(config: ModelConfig, model_type: str) -> dict[str, Any]:
         values |= {"head_dim": config.head_dim, "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     else:
         values["use_sliding_window"] = False
+        if config.head_dim * config.num_attention_heads != config.hidden_size:
+            values["head_dim"] = config.head_dim
     return values
 
 

@@ -13,4 +13,5 @@ class InputError(ValueError):
 def first(items: list[str], shown: int = 3) -> str:
     """`a, b, c (+4 more)`: the head of a list, so that one line stays one line."""
     rest = len(items) - shown
-    return ", ".join(items[:shown]) + (f" (+{rest} more)" if rest > 0 else "")
+    printable = [item if item.isprintable() else repr(item) for item in items[:shown]]
+    return ", ".join(printable) + (f" (+{rest} more)" if rest > 0 else "")

@@ -152,8 +152,10 @@ def check_bijection(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) 
     """Refuse a set of Hugging Face tensors that is not exactly this model's.
 
     Raises:
-        InputError: every missing, left-over and misshapen tensor, in one line.
+        InputError: every missing, left-over and misshapen tensor, in one line; or
+            the config has no Hugging Face type, and so no names to compare.
     """
+    hf_model_type(config)
     expected = {p.hf: p.hf_shape for p in parameters(config)}
     missing = [name for name in expected if name not in shapes]
     extra = sorted(name for name in shapes if name not in expected)
