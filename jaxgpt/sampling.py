@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 
+SMALLEST = 1e-30
+"""Temperature below which nothing changes: any two different logits are infinitely far apart."""
+
+
 class Knobs(NamedTuple):
     """Sampling settings of each row of a batch."""
 
@@ -46,6 +50,8 @@ def sample(
 
 def _sampled(logits: Float[Array, "B V"], knobs: Knobs, positions: Int[Array, "B"]) -> Int[Array, "B"]:
     kept = filtered(logits, knobs)
+    # Around 0, so that a small temperature's huge logits do not round the noise away.
+    kept = kept - kept.max(axis=-1, keepdims=True)
     return jnp.argmax(kept + _gumbel(knobs.seed, positions, logits.shape[-1]), axis=-1).astype(jnp.int32)
 
 
@@ -60,12 +66,15 @@ def _gumbel(seed: UInt[Array, "B"], positions: Int[Array, "B"], size: int) -> Fl
 
 def filtered(logits: Float[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:
     """Logits after temperature, top-k, top-p, in transformers' order; removed ids are -inf."""
-    # A greedy row is computed like any other and then not used; its divisor must not be 0.
-    scaled = logits / jnp.where(knobs.temperature > 0, knobs.temperature, 1.0)[:, None]
+    # A greedy row is computed like any other and then not used; its divisor must not be 0,
+    # and no divisor so small that two logits would both become infinite.
+    divisor = jnp.where(knobs.temperature > 0, jnp.maximum(knobs.temperature, SMALLEST), 1.0)
+    scaled = logits / divisor[:, None]
     size = logits.shape[-1]
     k = jnp.where((knobs.top_k <= 0) | (knobs.top_k > size), size, knobs.top_k)
     scaled = _keep(scaled, jnp.ones_like(scaled), k.astype(jnp.float32))
-    return _keep(scaled, jax.nn.softmax(scaled, axis=-1), knobs.top_p)
+    # Rounded sums may reach 1 before the last id: nothing reaches infinity, so all are kept.
+    return _keep(scaled, jax.nn.softmax(scaled, axis=-1), jnp.where(knobs.top_p < 1, knobs.top_p, jnp.inf))
 
 
 def _keep(logits: Float[Array, "B V"], mass: Float[Array, "B V"], target: Float[Array, "B"]) -> Float[Array, "B V"]:
@@ -83,6 +92,7 @@ def _keep(logits: Float[Array, "B V"], mass: Float[Array, "B V"], target: Float[
 
 def _ordered_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
     """Unsigned integers in the order of the floats (negative floats' bits run backwards)."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))  # -0.0 is 0.0
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits & sign, ~bits, bits | sign)
