@@ -21,9 +21,15 @@ def use(device: str) -> str:
     """
     if _CACHE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt"))
+    if device not in ("auto", "cpu", "gpu"):
+        raise InputError(f"device must be auto, cpu or gpu; got {device!r}")
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    platform = jax.default_backend()
+    try:
+        platform = jax.default_backend()
+    except RuntimeError as error:
+        # JAX_PLATFORMS names a device that does not work here.
+        raise InputError(f"JAX cannot start: {' '.join(str(error).split())}; unset JAX_PLATFORMS") from None
     if device == "gpu" and platform != "gpu":
         raise InputError("--device gpu requested, JAX sees only CPU; install jaxgpt[cuda12]")
     if device == "cpu" and platform != "cpu":

@@ -27,7 +27,8 @@ def flops_per_token(config: ModelConfig, time: int) -> float:
     looked-up rows do not, and attention is not halved for causality.
     """
     looked_up = {"embed.positions.weight"} | (set() if config.tie_word_embeddings else {"embed.tokens.weight"})
-    in_products = sum(math.prod(p.shape) for p in weights.parameters(config) if p.name not in looked_up)
+    matrices = (p for p in weights.parameters(config) if len(p.shape) == 2 and p.name not in looked_up)
+    in_products = sum(math.prod(p.shape) for p in matrices)
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
     return 6.0 * in_products + attention
 
