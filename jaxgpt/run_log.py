@@ -1,6 +1,7 @@
 """What a run says: a progress bar for people, JSONL and TensorBoard for programs, a picture of the loss."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,14 +27,16 @@ class RunLog:
         self.steps = steps
         if resumed_at is not None:
             _truncate(folder / LOG, resumed_at)
+        # TensorBoard forgets this step and all after it.
+        purged = None if resumed_at is None else resumed_at + 1
         self._lines = (folder / LOG).open("a", encoding="utf-8")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
+        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
         self._progress = _Progress(steps, resumed_at or 0) if sys.stderr.isatty() else None
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line of `log.jsonl`; numbers also go to TensorBoard."""
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._lines.write(json.dumps(record) + "\n")
+        self._lines.write(json.dumps({name: _json_value(value) for name, value in record.items()}) + "\n")
         self._lines.flush()
         for name, value in values.items():
             if isinstance(value, float):
@@ -62,6 +65,11 @@ class RunLog:
         self._lines.close()
         self._board.close()
         picture(self.folder)
+
+
+def _json_value(value: Any) -> Any:
+    """Null for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Progress:
@@ -97,11 +105,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 
