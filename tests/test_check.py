@@ -291,6 +291,15 @@ def test_consistently_permuted_special_ids_are_found_by_what_the_model_was_taugh
     assert "exchanged, the loss of 8 short conversations falls" in line.detail
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_was_taught_nothing_is_not_said_to_have_permuted_ids(seed: int):
+    lm = tiny()
+    lm.stage = "sft"
+    lm.params = {name: 3 * array for name, array in conftest.random_params(lm.config, seed).items()}
+    line = special_token_id_stability_test(lm)
+    assert line.status == "PASS", line
+
+
 def test_user_text_that_becomes_a_control_token_is_found(monkeypatch: pytest.MonkeyPatch):
     lm = tiny()
     assert tokenizer_self_test(lm).status == "PASS"

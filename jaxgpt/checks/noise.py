@@ -21,9 +21,10 @@ from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, OpFunction
 
-ALLOWED = 3.0
-"""Multiples of the measured noise within which two paths agree. Correct paths of random models from 36 to
-768 wide were measured at up to 0.9, a cache position off by one from 3.5 (bfloat16) to a million (float32)."""
+ALLOWED = 4.0
+"""Multiples of the measured noise within which two paths agree. Correct paths of random models, 36 to 768
+wide and up to 1,024 tokens long, were measured at up to 1.4 on a CPU; a cache position off by one reached 12
+(bfloat16, RoPE) to a million (float32)."""
 
 ARITHMETIC = (
     *("norm", "projection", "rope", "scores", "softmax", "context"),

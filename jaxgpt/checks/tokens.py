@@ -104,9 +104,11 @@ def _turn(role: str, content: str, tokenizer: Tokenizer, template: Template) -> 
 def special_token_id_stability_test(lm: LM) -> CheckLine:
     """The ids in use are those saved, those the template asks for, and those the model was taught.
 
-    What cannot be seen: an exchange of two special tokens whose ids the model was
-    never taught to produce and reads alike, such as two unused roles; and, in a base
-    model, any exchange that all saved maps agree on.
+    A fine-tuned model is asked which ids it was taught: were another assignment right,
+    short conversations read with it would be far likelier, their end tokens above all.
+    What cannot be seen: an exchange of tokens that the model was never taught to
+    produce and reads alike, such as two unused roles; and, in a base model, any
+    exchange that all saved maps agree on.
     """
     name, tokenizer, template = "special_token_id_stability_test", lm.tokenizer, lm.template
     if tokenizer is None:
@@ -153,16 +155,17 @@ def _episodes_fit(lm: LM, tokenizer: Tokenizer, template: Template) -> bool:
 
 
 def _taught_problems(lm: LM, tokenizer: Tokenizer, template: Template) -> Iterator[str]:
-    """An exchange of two special tokens under which every conversation is far likelier."""
+    """An exchange of two special tokens under which every conversation is far likelier, and ends as taught."""
     episodes = [chat.render(messages, tokenizer, template) for messages in EPISODES]
     batch = validation(episodes, len(episodes), max(len(e.ids) for e in episodes) - 1, packed=False)[0]
-    saved = _nats(lm, batch)
+    saved, _ = _nats(lm, batch)
     used = {int(id) for id in np.unique([batch["ids"], batch["targets"]])}
     for a, b in itertools.combinations(tokenizer.specials, 2):
         if not used & {a.id, b.id}:
             continue
-        exchanged = _nats(lm, _exchanged(batch, a.id, b.id))
-        if (saved - exchanged).min() > DECISIVE:
+        exchanged, ends = _nats(lm, _exchanged(batch, a.id, b.id))
+        # A model that was taught nothing prefers this or that by chance, but is sure of no end.
+        if (saved - exchanged).min() > DECISIVE and np.median(ends) < np.log(2.0):
             yield (
                 f"special ids are permuted: with {a.text} ({a.id}) and {b.text} ({b.id}) exchanged, the loss of "
                 f"{len(episodes)} short conversations falls from {saved.mean():.2f} to {exchanged.mean():.2f} nats each"
@@ -177,10 +180,12 @@ def _exchanged(batch: Batch, a: int, b: int) -> Batch:
     return changed
 
 
-def _nats(lm: LM, batch: Batch) -> np.ndarray:
-    """Loss of the trained tokens, summed for each conversation."""
+def _nats(lm: LM, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of each conversation: loss of its trained tokens, summed, and loss of the last, its end token."""
     losses = _losses(lm.config, lm.params, jnp.asarray(batch["ids"]), jnp.asarray(batch["targets"]))
-    return (np.asarray(losses, np.float64) * batch["mask"]).sum(axis=1)
+    losses, mask = np.asarray(losses, np.float64), batch["mask"]
+    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    return (losses * mask).sum(axis=1), losses[np.arange(len(mask)), last]
 
 
 @partial(jax.jit, static_argnames="config")
