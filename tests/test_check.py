@@ -291,11 +291,13 @@ def test_consistently_permuted_special_ids_are_found_by_what_the_model_was_taugh
     assert "exchanged, the loss of 8 short conversations falls" in line.detail
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_model_that_was_taught_nothing_is_not_said_to_have_permuted_ids(seed: int):
-    lm = tiny()
+def test_a_model_that_was_taught_nothing_is_not_said_to_have_permuted_ids():
+    lm = tiny(tie_word_embeddings=False)
     lm.stage = "sft"
-    lm.params = {name: 3 * array for name, array in conftest.random_params(lm.config, seed).items()}
+    # Logits that depend on no input: all 0, but -10 for the end token.
+    lm.params |= {"final_norm.weight": jnp.zeros(36), "final_norm.bias": jnp.zeros(36).at[0].set(1.0)}
+    end = TOKENIZER.special("end").id
+    lm.params["head.weight"] = jnp.zeros_like(lm.params["head.weight"]).at[end, 0].set(-10.0)
     line = special_token_id_stability_test(lm)
     assert line.status == "PASS", line
 
