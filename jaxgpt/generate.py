@@ -151,7 +151,7 @@ class Generator:
         The consumer may stop early by closing the iterator.
 
         Raises:
-            InputError: see `check`; or the model's logits are NaN.
+            InputError: see `check`; or the model's logits are NaN or infinite.
         """
         self.check(rows)
         batch = kv.bucket(len(rows), 1)
@@ -182,8 +182,16 @@ class Conversation:
         return self.cache.lengths.shape[0]
 
     def append(self, ids: Sequence[Sequence[int]]) -> None:
-        """Prefill new tokens of each row."""
+        """Prefill new tokens of each row.
+
+        Raises:
+            InputError: a row without new tokens, or one that would outgrow the context.
+        """
         counts = np.array([len(row) for row in ids])
+        if not counts.all():
+            # Its logits would be those of padding.
+            raise InputError(f"row {int(counts.argmin())} appends nothing; give each row at least one token")
+        self._check_room(counts)
         width = kv.bucket(int(counts.max()), MINIMUM_PREFILL)
         padded = np.zeros((self._batch, width), np.int32)
         for row, values in enumerate(ids):
@@ -196,8 +204,14 @@ class Conversation:
         self.lengths += counts
 
     def generate(self, budgets: Sequence[int], chunk: int = CHUNK) -> Iterator[list[list[int]]]:
-        """Continue every row until a stop id or its budget; yields each chunk's new ids by row."""
+        """Continue every row until a stop id or its budget; yields each chunk's new ids by row.
+
+        Raises:
+            InputError: a budget that the context does not hold, before anything runs; or the
+                model's logits are NaN or infinite.
+        """
         assert self.logits is not None, "append tokens first"
+        self._check_room(np.array(budgets))
         budget = self._padded(np.array(budgets))
         none = jnp.zeros(self._batch, bool)
         state = State(self.cache, self.logits, jnp.asarray(budget <= 0), jnp.asarray(budget), none)
@@ -224,12 +238,19 @@ class Conversation:
 
     def forget(self, lengths: Sequence[int]) -> None:
         """Keep only the first `lengths[b]` tokens of each row; append before generating again."""
+        assert (np.array(lengths) <= self.lengths).all(), "a row cannot keep more than it holds"
         self.lengths = np.array(lengths, np.int64)
         self.cache = self.cache._replace(lengths=jnp.asarray(self._padded(self.lengths)))
         self.logits = None
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         return np.pad(values.astype(np.int32), (0, self._batch - self.rows))
+
+    def _check_room(self, new: np.ndarray) -> None:
+        """The cache would grow, but positions beyond the context mean nothing."""
+        limit, row = self.generator.config.max_position_embeddings, int((self.lengths + new).argmax())
+        if self.lengths[row] + new[row] > limit:
+            raise InputError(f"{self.lengths[row]:,} tokens and {new[row]:,} more; limit {limit:,}")
 
     def _reserve(self, tokens: int) -> None:
         self.cache = kv.grown(self.cache, kv.bucket(tokens))
@@ -239,7 +260,7 @@ def _knobs(settings: GenerationSettings, seeds: Sequence[int], batch: int) -> sa
     padded = np.pad(np.array(seeds, np.uint32), (0, batch - len(seeds)))
     return sampling.Knobs(
         temperature=jnp.full(batch, settings.temperature or 0.0, jnp.float32),
-        top_k=jnp.full(batch, settings.top_k, jnp.int32),
+        top_k=jnp.full(batch, min(settings.top_k, np.iinfo(np.int32).max), jnp.int32),
         top_p=jnp.full(batch, settings.top_p, jnp.float32),
         seed=jnp.asarray(padded),
     )

@@ -18,6 +18,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.device import use
 from jaxgpt.errors import InputError
 from jaxgpt.settings import GenerationSettings
+from jaxgpt.step_folder import DTYPES
 from jaxgpt.text_stream import TextStream
 from jaxgpt.tokenizer import Tokenizer
 
@@ -53,7 +54,9 @@ class LM:
     """A loaded model with its tokenizer and chat template, on the device, in its compute dtype."""
 
     def __init__(self, checkpoint: Checkpoint, *, compute_dtype: str | None = None):
-        """`compute_dtype` overrides the one the checkpoint was last trained in."""
+        """`compute_dtype` overrides the one the checkpoint was last trained in; InputError for an unknown one."""
+        if compute_dtype is not None and compute_dtype not in DTYPES:
+            raise InputError(f"compute_dtype must be one of {', '.join(DTYPES)}; got {compute_dtype!r}")
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.template: Template | None = checkpoint.template
@@ -80,7 +83,7 @@ class LM:
         Raises:
             InputError: another shape, an id outside the vocabulary, or T beyond the context.
         """
-        array = np.asarray(ids)
+        array = _array(ids)
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or not array.size:
             raise InputError(f"ids must be (B, T) integers, got {array.dtype} of shape {array.shape}")
         self._check_range(array)
@@ -97,20 +100,24 @@ class LM:
         """A prompt as ids: text is ordinary text, messages go through the template.
 
         Raises:
-            InputError: text or messages without a tokenizer, messages without a template, or no prompt at all.
+            InputError: text or messages without a tokenizer, messages without a template, or something
+                that is none of text, ids and messages.
         """
         if isinstance(prompt, str):
             tokenizer = self._tokenizer("a text prompt")
             # Training text starts after an end of text; so does an empty prompt.
             return tokenizer.encode(prompt) or [tokenizer.special("end_of_text").id]
-        if prompt and isinstance(prompt[0], dict):
+        if _is_conversation(prompt):
             if self.template is None:
                 raise InputError("the checkpoint has no chat template; give text or ids instead of messages")
             tokenizer = self._tokenizer("a conversation")
             messages: Any = prompt
             return chat.render(messages, tokenizer, self.template, generation_prompt=True).ids
-        ids: Any = prompt
-        return [int(i) for i in ids]
+        array = _array(prompt)
+        if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
+            what = type(prompt).__name__
+            raise InputError(f"a prompt must be text, a list of token ids, or a list of messages; got {what}")
+        return array.tolist()
 
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -118,12 +125,18 @@ class LM:
         return self.tokenizer
 
     def _settings(self, changes: dict[str, Any]) -> GenerationSettings:
-        stops = tuple(changes.pop("stop", ())) + (self.template.stop_strings if self.template else ())
-        try:
-            return GenerationSettings(stop=stops, **changes)
-        except TypeError as error:
-            known = ", ".join(field.name for field in dataclasses.fields(GenerationSettings))
-            raise InputError(f"{error}; generate takes {known}") from error
+        known = {field.name: field.default for field in dataclasses.fields(GenerationSettings)}
+        for name, value in changes.items():
+            if name not in known:
+                raise InputError(f"generate has no setting {name!r}; it takes {', '.join(known)}")
+            if name != "stop" and not (name == "temperature" and value is None):
+                changes[name] = _number(name, value, type(known[name]))
+        # As everywhere, no temperature is greedy.
+        changes["temperature"] = changes.get("temperature") or 0.0
+        stop = _texts(changes.pop("stop", None))
+        if stop and self.tokenizer is None:
+            raise InputError("the checkpoint has no tokenizer, so a stop text cannot be seen; drop stop")
+        return GenerationSettings(stop=stop + (self.template.stop_strings if self.template else ()), **changes)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
         """Complete a batch of prompts; prompts of different lengths do not influence each other.
@@ -152,7 +165,7 @@ class LM:
     def stream(self, prompt: Prompt, *, chunk: int = 4, **settings: Any) -> Iterator[Piece]:
         """Complete one prompt, piece by piece, as it is generated; see `generate`.
 
-        `chunk` is the number of tokens between two pieces; the first comes alone.
+        `chunk` is the number of tokens between two pieces.
         """
         chosen = self._settings(settings)
         row = generate.Row(self.encode(prompt), chosen.max_new_tokens, chosen.seed)
@@ -207,11 +220,40 @@ class Reply:
         yield Piece(self.finish(), [], self.reason)
 
 
+def _array(ids: Any) -> np.ndarray:
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        raise InputError("rows of ids differ in length; give (B, T) integers, or one prompt after another") from None
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], dict)
+
+
 def _as_list(prompts: Any) -> list[Any]:
-    """One prompt (text, ids or messages) as a list of one."""
-    if isinstance(prompts, str) or not len(prompts):
-        return [prompts]
-    return [prompts] if isinstance(prompts[0], int | np.integer | dict) else list(prompts)
+    """One prompt (text, ids or messages) as a list of one; the rows of an array are prompts."""
+    if isinstance(prompts, list | tuple):
+        single = not prompts or isinstance(prompts[0], int | np.integer | dict)
+        return [prompts] if single else list(prompts)
+    return list(prompts) if np.ndim(prompts) == 2 else [prompts]
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    """The value as an int or a float; numpy's are taken, a fraction is not rounded."""
+    allowed = int | np.integer if kind is int else int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        what = "an integer" if kind is int else "a number"
+        raise InputError(f"{name} must be {what}, got {value!r}")
+    return kind(value)
+
+
+def _texts(stop: Any) -> tuple[str, ...]:
+    """One stop text, several or none."""
+    texts: Any = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
+    return tuple(texts)
 
 
 @partial(jax.jit, static_argnums=0)

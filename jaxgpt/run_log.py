@@ -16,7 +16,7 @@ class RunLog:
     """Writes `log.jsonl` and `tensorboard/` in the run folder, and progress on stderr.
 
     A resumed run drops the lines after its step first, so that each step is in the
-    log exactly once.
+    log exactly once; a fresh one drops what a run that never saved left behind.
     """
 
     def __init__(self, folder: Path, steps: int, *, resumed_at: int | None = None):
@@ -25,12 +25,10 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.steps = steps
-        if resumed_at is not None:
-            _truncate(folder / LOG, resumed_at)
-        # TensorBoard forgets this step and all after it.
-        purged = None if resumed_at is None else resumed_at + 1
+        last = -1 if resumed_at is None else resumed_at
+        _truncate(folder / LOG, last)
         self._lines = (folder / LOG).open("a", encoding="utf-8")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
+        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
         self._progress = _Progress(steps, resumed_at or 0) if sys.stderr.isatty() else None
 
     def write(self, event: str, step: int, **values: Any) -> None:
@@ -117,6 +115,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
     kept = [json.dumps(record) + "\n" for record in read(path.parent) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), "utf-8")
