@@ -178,9 +178,11 @@ def fused_attention(
     v: Float[Array, "B K S H"],
     allowed: Bool[Array, "B 1 T S"],
 ) -> Float[Array, "B N T H"]:
-    """scores, mask, softmax and context in one cuDNN kernel (bf16/fp16 on a GPU)."""
+    """scores, mask, softmax and context in one call: cuDNN's kernel on a GPU (bf16/fp16), XLA elsewhere."""
+    # Left to choose, JAX takes XLA on a GPU too.
+    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # the kernel wants (B, T, N, H)
-    return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation="cudnn").swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=implementation).swapaxes(1, 2)
 
 
 def merge_heads(config: ModelConfig, p: Leaves, x: Float[Array, "B N T H"]) -> Float[Array, "B T O"]:

@@ -12,7 +12,7 @@ from jaxgpt import cache, model, taps, weights
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.taps import Wiring
 
-forward = jax.jit(model.forward, static_argnums=0, static_argnames=("remat",))
+forward = jax.jit(model.forward, static_argnums=0, static_argnames=("remat", "fused_attention"))
 
 
 def logits_of(config: ModelConfig, **changes: object) -> np.ndarray:
@@ -222,9 +222,10 @@ def test_a_cache_position_off_by_one_is_seen():
     assert np.abs(wrong.logits[0, 0] - full).max() > 100 * conftest.rounding(full)
 
 
-def test_remat_and_wiring_do_not_change_the_model(config: ModelConfig):
+def test_remat_and_fused_attention_do_not_change_the_model(config: ModelConfig):
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 6)
     plain = forward(config, params, ids).logits
-    assert np.abs(forward(config, params, ids, remat=True).logits - plain).max() < conftest.rounding(plain)
+    for variant in ({"remat": True}, {"fused_attention": True}):
+        assert np.abs(forward(config, params, ids, **variant).logits - plain).max() < conftest.rounding(plain)
     inside = {f"layers.0.{tap}" for tap in taps.INTERNAL_TO_FUSED_ATTENTION}
     assert set(taps.names(config)) - set(taps.names(config, Wiring(fused_attention=True))) >= inside

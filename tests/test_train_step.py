@@ -162,3 +162,17 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert once != again
     without = dataclasses.replace(config, resid_pdrop=0.0)
     assert evaluate(config, params, [batch], "float32") == evaluate(without, params, [batch], "float32")
+
+
+def test_bfloat16_computes_with_float32_master_weights_and_learns():
+    config = LLAMA
+    state = initial_state(conftest.random_params(config), SETTINGS)
+    batch = stacked([batch_with_unequal_masks(config, 2, 8, seed=0)])
+    losses = []
+    for _ in range(6):
+        state, report = train_step(config, SETTINGS, "bfloat16", state, batch)
+        losses.append(float(report.loss))
+    assert {str(array.dtype) for array in state.params.values()} == {"float32"}
+    assert losses[-1] < losses[0]
+    rounded = np.asarray(jax.tree.leaves(state.params)[0])
+    assert not np.array_equal(rounded, rounded.astype(jnp.bfloat16).astype(np.float32)), "updates below bf16 are kept"
