@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-
 SMALLEST = 1e-30
 """Temperature below which nothing changes: any two different logits are infinitely far apart."""
 
