@@ -6,7 +6,7 @@ from typing import Any
 
 import conftest
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import PRESETS, ModelConfig, RopeScaling, from_hf, hf_model_type, to_hf
@@ -59,6 +59,7 @@ def config_or_message(read: Callable[[dict[str, Any]], ModelConfig], values: dic
         return str(error)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(FILES)), st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), ANY, max_size=4))
 def test_whatever_a_config_json_says_is_a_config_or_one_line(model_type: str, changes: dict[str, Any]):
     outcome = config_or_message(from_hf, {**FILES[model_type], **changes})
@@ -70,6 +71,7 @@ def test_whatever_a_config_json_says_is_a_config_or_one_line(model_type: str, ch
         assert from_hf(to_hf(outcome, "float32")) == outcome
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(ModelConfig)]), ANY, min_size=1, max_size=3))
 def test_whatever_a_checkpoint_says_is_a_config_or_one_line(changes: dict[str, Any]):
     outcome = config_or_message(ModelConfig.from_dict, {**conftest.CONFIGS["llama3-scaling"].to_dict(), **changes})

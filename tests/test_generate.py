@@ -101,6 +101,15 @@ def test_the_order_of_a_batch_does_not_matter_and_seeds_make_rows_differ():
     assert len({tuple(ids) for ids in run(made, rows, GREEDY)}) == 1
 
 
+def test_each_position_draws_anew():
+    made = generator()
+    # Every id equally likely: only the noise decides.
+    made.params = {name: jnp.zeros_like(array) for name, array in made.params.items()}
+    one, two = run(made, [Row([1], 40, 1), Row([1, 2], 40, 1)], SAMPLED)
+    assert len(set(one)) > 20
+    assert one[1:] == two[:-1], "the position, not the step, names the draw"
+
+
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_the_chunk_size_does_not_change_the_tokens(settings: GenerationSettings):
     made = generator()
@@ -192,6 +201,16 @@ def test_appending_and_generating_in_turns_equals_one_fresh_run():
     for row, ids in enumerate(said):
         logits = naive(made, ids)
         assert np.abs(np.asarray(talk.logits)[row] - logits[-1]).max() < conftest.rounding(logits)
+
+
+def test_the_cache_grows_in_the_middle_of_a_reply_and_nothing_changes():
+    made = generator()
+    talk = conversation(made)
+    talk.append([prompt(50)])
+    (ids,) = joined(talk.generate([90]))
+    assert talk.cache.slots == 256
+    logits = naive(made, [*prompt(50), *ids])[49:-1]
+    assert (logits.max(-1) - logits[np.arange(90), ids] <= conftest.rounding(logits)).all()
 
 
 def test_forgetting_the_tail_equals_never_having_read_it():
