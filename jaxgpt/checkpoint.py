@@ -374,8 +374,13 @@ def _storage() -> Any:
 def _read_arrays(path: Path, tree: str, headers: Mapping[str, Header]) -> dict[str, np.ndarray]:
     # Numpy targets: no device is touched, and 64-bit integers stay whole.
     target = {name: np.broadcast_to(np.zeros((), _dtype(h.dtype)), h.shape) for name, h in headers.items()}
-    with _storage():
-        loaded = _orbax().load(path, target, checkpointable_name=tree)
+    try:
+        with _storage():
+            loaded = _orbax().load(path, target, checkpointable_name=tree)
+    except Exception as error:
+        # What its manifest vouches for and Orbax cannot read: made by another program, or with intent.
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{tree} cannot be read ({type(error).__name__}: {reason}); restore it") from error
     return dict(loaded)
 
 

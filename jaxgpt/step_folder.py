@@ -175,20 +175,50 @@ def read(path: Path) -> Description:
         state, template = document(path, TOKENIZER), document(path, TEMPLATE)
         if model["stage"] not in STAGES or model["compute_dtype"] not in DTYPES:
             raise InputError(f"{MODEL} has stage {model['stage']!r} and compute dtype {model['compute_dtype']!r}")
-        return Description(
-            step=int(model["step"]),
+        tokenizer = None if state is None else Tokenizer.from_state(state, config.vocab_size)
+        found = Description(
+            step=model["step"],
             config=config,
             stage=model["stage"],
             compute_dtype=model["compute_dtype"],
-            eos_token_ids=[int(i) for i in model["generation"]["eos_token_ids"]],
+            eos_token_ids=list(model["generation"]["eos_token_ids"]),
             provenance=dict(model["provenance"]),
             shapes={name: tuple(entry["shape"]) for name, entry in model["parameters"].items()},
             dtypes={name: str(entry["dtype"]) for name, entry in model["parameters"].items()},
-            tokenizer=None if state is None else Tokenizer.from_state(state, config.vocab_size),
+            tokenizer=tokenizer,
             template=None if template is None else Template.from_dict(template),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{MODEL} is not what jaxgpt wrote ({error!r})") from None
+    _refuse_wrong_numbers(path, found)
+    _refuse_unknown_specials(found)
+    return found
+
+
+def _refuse_wrong_numbers(path: Path, found: Description) -> None:
+    match = STEP.fullmatch(path.name)
+    if type(found.step) is not int or found.step < 0 or (match and int(match[1]) != found.step):
+        raise InputError(f"{MODEL} is of step {found.step!r}, not of {path.name}; give the folder its own name back")
+    rows = found.config.vocab_size
+    outside = [i for i in found.eos_token_ids if type(i) is not int or not 0 <= i < rows]
+    if outside:
+        raise InputError(f"{MODEL} ends texts with token {outside[0]!r}, expected ids 0–{rows - 1}")
+    for name, shape in found.shapes.items():
+        if any(type(n) is not int or n < 1 for n in shape):
+            raise InputError(f"{MODEL} gives {name} the shape {list(shape)}, expected positive integers")
+
+
+def _refuse_unknown_specials(found: Description) -> None:
+    """A template that spells a special token otherwise was made for another tokenizer."""
+    if found.tokenizer is None or found.template is None:
+        return
+    own = {special.name: special.text for special in found.tokenizer.specials}
+    for name, text in found.template.specials.items():
+        if own.get(name) != text:
+            raise InputError(
+                f"template {found.template.name} needs {name} to be {text!r}, the tokenizer has {own.get(name)!r}; "
+                "restore the files saved together"
+            )
 
 
 def document(path: Path, name: str) -> dict[str, Any] | None:

@@ -331,6 +331,27 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "no config": ("model.json", lambda m: m.pop("config") and None, "model.json is not what jaxgpt wrote"),
     "config a list": ("model.json", lambda m: m.update(config=[]), "model.json is not what jaxgpt wrote"),
     "a list": ("model.json", lambda _: [1], "model.json is not a JSON object"),
+    "another step": ("model.json", lambda m: m.update(step=110), "model.json is of step 110, not of step-00000120"),
+    "no stop token of the model": (
+        "model.json",
+        lambda m: m["generation"].update(eos_token_ids=[3, 320]),
+        "model.json ends texts with token 320, expected ids 0–319",
+    ),
+    "a stop token that is text": (
+        "model.json",
+        lambda m: m["generation"].update(eos_token_ids=["a"]),
+        "model.json ends texts with token 'a', expected ids 0–319",
+    ),
+    "a shape of texts": (
+        "model.json",
+        lambda m: m["parameters"]["head.weight"].update(shape=["a"]),
+        "model.json gives head.weight the shape ['a'], expected positive integers",
+    ),
+    "a template of another tokenizer": (
+        "template.json",
+        lambda t: t["specials"].update(start="<|nope|>"),
+        "template chatml needs start to be '<|nope|>', the tokenizer has '<|im_start|>'; restore the files",
+    ),
     "template": ("template.json", lambda t: t.update(x=1), "chat template has unknown key x"),
     "huge shape": (
         EMBED,
@@ -400,6 +421,21 @@ def test_a_folder_that_contradicts_itself_is_refused_before_orbax_reads(
 def test_files_that_no_array_declares_are_refused_even_if_listed(run: Path):
     (run / "step-00000120/params/manifest.ocdbt").write_bytes(b"points anywhere")
     assert "params/manifest.ocdbt belongs to no array of the checkpoint; refused" in refused(reseal(run))
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"chunk_key_encoding": {"name": "v2"}},
+        {"fill_value": {"a": 1}},
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "middle"}}]},
+    ],
+)
+def test_what_orbax_cannot_read_is_one_line_too(run: Path, declared: dict[str, Any]):
+    edit(run / f"step-00000120/{NORM}/zarr.json", lambda z: z.update(declared))
+    message = refused(reseal(run))
+    assert message.startswith("checkpoint step 120: params cannot be read (")
+    assert message.endswith("); restore it")
 
 
 def test_an_array_of_missing_bytes_is_refused(run: Path):
