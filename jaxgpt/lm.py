@@ -136,7 +136,12 @@ class LM:
         stop = _texts(changes.pop("stop", None))
         if stop and self.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer, so a stop text cannot be seen; drop stop")
-        return GenerationSettings(stop=stop + (self.template.stop_strings if self.template else ()), **changes)
+        return GenerationSettings(stop=stop, **changes)
+
+    def _reply(self, prompt: Prompt, settings: GenerationSettings) -> "Reply":
+        """What the answer to `prompt` is collected in; a conversation also ends where its template says."""
+        template = self.template if _is_conversation(prompt) else None
+        return Reply(self.tokenizer, settings.stop + (template.stop_strings if template else ()), self.stop_ids)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
         """Complete a batch of prompts; prompts of different lengths do not influence each other.
@@ -149,9 +154,10 @@ class LM:
             InputError: a bad setting, a prompt that cannot be encoded, or one that would outgrow the context.
         """
         chosen = self._settings(settings)
-        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
+        listed = _as_list(prompts)
+        encoded = [self.encode(prompt) for prompt in listed]
         rows = [generate.Row(ids, chosen.max_new_tokens, chosen.seed) for ids in encoded]
-        replies = [Reply(self.tokenizer, chosen.stop, self.stop_ids) for _ in rows]
+        replies = [self._reply(prompt, chosen) for prompt in listed]
         for chunk in self.generator.stream(rows, chosen):
             for reply, ids in zip(replies, chunk, strict=True):
                 reply.push(ids)
@@ -169,7 +175,7 @@ class LM:
         """
         chosen = self._settings(settings)
         row = generate.Row(self.encode(prompt), chosen.max_new_tokens, chosen.seed)
-        reply = Reply(self.tokenizer, chosen.stop, self.stop_ids)
+        reply = self._reply(prompt, chosen)
         yield from reply.pieces(self.generator.stream([row], chosen, chunk))
 
 

@@ -332,3 +332,14 @@ def test_load_gives_the_saved_model_with_its_tokenizer_and_template(tmp_path: An
     assert np.array_equal(loaded.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]))
     message = refusal(jaxgpt.load, str(tmp_path / "none"))
     assert "none is no folder; give a run folder" in message
+
+
+def test_a_conversation_ends_at_its_templates_stop_texts_and_a_plain_text_does_not(monkeypatch: pytest.MonkeyPatch):
+    plain = LM(a_checkpoint(template=TEMPLATES["plain"]))
+    script = bytes_of("yes\nUser: and more")
+    scripted(plain, script, monkeypatch)
+    [reply] = plain.generate([{"role": "user", "content": "well?"}], max_new_tokens=len(script))
+    assert (reply.text, reply.stop_reason) == ("yes", "stop_text")
+    scripted(plain, script, monkeypatch)
+    [text] = plain.generate("well?", max_new_tokens=len(script))
+    assert text.text == "yes\nUser: and more"

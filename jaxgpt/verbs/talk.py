@@ -21,8 +21,6 @@ def generate(settings: GenerateSettings, output: Output) -> int:
     chosen = settings.generation
     if settings.messages:
         _refuse_answered(prompts, settings.messages, lm)
-        # A template without end tokens ends its turns with text.
-        chosen = dataclasses.replace(chosen, stop=(*chosen.stop, *(lm.template.stop_strings if lm.template else ())))
     if len(prompts) == 1 and lm.tokenizer and not output.json:
         print_pieces(lm.stream(prompts[0], **_fields(chosen)), output)
     else:
