@@ -82,10 +82,19 @@ def check_loaded(config: ModelConfig, loss: float, *, accept: bool) -> None:
 
 
 def known_targets(batches: Sequence[Batch], new_ids: Sequence[int]) -> list[Batch]:
-    """The batches without targets that a base model cannot know, such as the end token of a chat turn."""
-    kept: list[Batch] = []
+    """The batches with all that a base model can know as targets: prompts too, the ids new to it not.
+
+    Chat rows train answers only, and one-digit answers alone surprise a healthy base
+    model by more than ln(V).
+    """
+    known: list[Batch] = []
     for batch in batches:
         changed = batch.copy()
-        changed["mask"] = batch["mask"] * ~np.isin(batch["targets"], list(new_ids))
-        kept.append(changed)
-    return kept
+        ids, segments = batch["ids"], batch["segments"]
+        inner = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        changed["targets"], mask = batch["targets"].copy(), batch["mask"].copy()
+        changed["targets"][:, :-1][inner] = ids[:, 1:][inner]
+        mask[:, :-1][inner] = 1
+        changed["mask"] = mask * ~np.isin(changed["targets"], list(new_ids))
+        known.append(changed)
+    return known

@@ -173,3 +173,14 @@ def test_targets_a_base_model_cannot_know_do_not_count_at_the_gate():
     (changed,) = gates.known_targets([batch], [9, 7])
     assert np.array_equal(changed["mask"], [[1, 0, 0, 0]])
     assert np.array_equal(batch["mask"], [[1, 1, 0, 1]]), "the batch that trains is untouched"
+
+
+def test_the_gate_of_a_chat_row_counts_the_prompt_too_and_stays_within_an_episode():
+    batch = empty_batch(1, 6)
+    batch["ids"][:] = [[1, 2, 3, 4, 5, 0]]
+    batch["segments"][:] = [[1, 1, 1, 2, 2, 0]]
+    batch["targets"][0, [2, 4]] = [6, 8]
+    batch["mask"][0, [2, 4]] = 1
+    (changed,) = gates.known_targets([batch], [2])
+    assert np.array_equal(changed["targets"] * changed["mask"], [[0, 3, 6, 5, 8, 0]])
+    assert np.array_equal(batch["targets"], [[0, 0, 6, 0, 8, 0]]), "the batch that trains is untouched"
