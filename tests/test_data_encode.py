@@ -254,7 +254,7 @@ def test_a_split_that_would_be_empty_is_refused(tmp_path: Path):
     path.write_text(json.dumps({"text": prose(50, 0)}) + "\n")
     tokenizer = char(path)
     text = refused([path], tmp_path / "out", tokenizer, val_fraction=0.001)
-    assert "val_fraction 0.001 of 1 documents leaves none for val" in text
+    assert "val_fraction 0.001 of 1 documents leaves none for val; choose a larger --val-fraction or give" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -152,7 +152,7 @@ def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
         lacks = "val" if counts["train"] else "train"
         raise InputError(
             f"val_fraction {corpus.val_fraction:g} of {total} documents leaves none for {lacks}; "
-            "choose another fraction or give more documents"
+            f"choose a {'larger' if lacks == 'val' else 'smaller'} --val-fraction or give more documents"
         )
     return _Survey(total, characters, tuple(skipped), digest.hexdigest())
 

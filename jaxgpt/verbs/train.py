@@ -1,6 +1,7 @@
 """`jaxgpt pretrain` and `jaxgpt sft`."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from jaxgpt.errors import InputError
@@ -50,7 +51,9 @@ def _check(settings: PretrainSettings | SFTSettings, output: Output) -> None:
 def _ended(result: "TrainResult", output: Output) -> int:
     if output.json:
         output.result(dataclasses.asdict(result))
-    validation = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
-    output.say(f"step {result.step}: loss {result.loss:.4f}{validation}; saved in {result.out}")
+    # A finished run that is resumed takes no step, so it has no loss to tell.
+    losses = {"loss": None if math.isnan(result.loss) else result.loss, "validation loss": result.validation_loss}
+    told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+    output.say(f"step {result.step}: {told or 'no step was taken'}; saved in {result.out}")
     # A signal ended it early, with everything saved; scripts must not take that for done.
     return 130 if result.stop_reason == "signal" else 0
