@@ -173,7 +173,7 @@ class SFTSettings:
     data: str = ""
     """chat JSONL: {"messages": [...]} or {"prompt", "completion"} rows"""
     validation: str = ""
-    """chat JSONL to validate on; the last rows of --data unless given"""
+    """chat JSONL to validate on; unless given the last twentieth of --data, if it has 100 episodes"""
     out: str = ""
     """run folder: checkpoints and logs"""
     resume: bool = False

@@ -243,6 +243,9 @@ def test_unknown_tokenizers_are_left_out_and_said(tmp_path: Path):
         "no tokenizer imported: its vocabulary is not GPT-2's; prompts must be token ids"
         in hf.read(tmp_path / "out").notices
     )
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "out" / name).unlink()
+    assert any("the folder has no GPT-2 vocabulary" in notice for notice in hf.read(tmp_path / "out").notices)
 
 
 def test_a_char_tokenizer_is_left_out_of_an_export_and_said(tmp_path: Path):

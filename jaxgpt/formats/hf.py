@@ -179,6 +179,10 @@ def _eos_token_ids(folder: Path, hf: Mapping[str, Any], vocab_size: int, notices
 def _tokenizer(folder: Path, model_config: ModelConfig, notices: list[str]) -> tuple[Tokenizer | None, Template | None]:
     """GPT-2's, where the vocabulary files are GPT-2's own and what was added is one of our templates'."""
     files = {name: folder / name for name in _TOKENIZER_FILES}
+    if not any(p.is_file() for p in files.values()):
+        missing = "the folder has no GPT-2 vocabulary (vocab.json, merges.txt)"
+        notices.append(f"no tokenizer imported: {missing}; prompts must be token ids")
+        return None, None
     if not all(p.is_file() and manifest.sha256(p) == GPT2_FILES[_TOKENIZER_FILES[n]] for n, p in files.items()):
         notices.append("no tokenizer imported: its vocabulary is not GPT-2's; prompts must be token ids")
         return None, None
