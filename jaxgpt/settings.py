@@ -108,9 +108,11 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "sequence_length", "epochs", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "eval_every", "eval_batches", "patience", "save_every", "sample_every", "seed"):
+        for name in ("warmup_steps", "eval_every", "eval_batches", "patience", "save_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be ≥ 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be in 0–{2**32 - 1}, got {self.seed}")
         for name in ("learning_rate", "clip_norm"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxgpt import checkpoint, device, model
+from jaxgpt import checkpoint, device, field_checks, flops, model
+from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import PRESETS, ModelConfig
@@ -37,9 +39,11 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
         config, params = source.config, source.params
     else:
         config = model_config(settings.model, tokenizer.model_vocab_size)
+        _fits_memory(config)
         params = model.init(config, settings.train.seed)
     train = settings.train
     _fits_context(config, train)
+    _sample_fits(config, tokenizer, train)
     held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
     run = Run(
         out=Path(settings.out),
@@ -108,6 +112,8 @@ def model_config(settings: ModelSettings, vocab_size: int) -> ModelConfig:
         for name, value in dataclasses.asdict(settings).items()
         if value is not None and name not in ("preset", "dropout")
     }
+    for name, value in changes.items():
+        field_checks.size(name, value)
     preset = PRESETS[settings.preset]
     heads = changes.get("num_attention_heads", preset.num_attention_heads)
     if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
@@ -164,6 +170,26 @@ def _fits_context(config: ModelConfig, settings: TrainSettings) -> None:
             f"sequence_length {settings.sequence_length} exceeds the model's context of "
             f"{config.max_position_embeddings}; lower it or raise --max-position-embeddings"
         )
+
+
+def _fits_memory(config: ModelConfig) -> None:
+    """Before a machine is brought to its knees by weights it could never hold."""
+    one, two = (flops.parameter_count(dataclasses.replace(config, num_hidden_layers=n)) for n in (1, 2))
+    parameters = one + (two - one) * (config.num_hidden_layers - 1)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * parameters > memory:
+        raise InputError(
+            f"a model of {parameters:,} parameters needs {in_bytes(4 * parameters)} for its weights, this machine has "
+            f"{in_bytes(memory)}; choose fewer layers, a smaller width or a shorter context"
+        )
+
+
+def _sample_fits(config: ModelConfig, tokenizer: Tokenizer, settings: TrainSettings) -> None:
+    if not settings.sample_every:
+        return
+    length, limit = len(tokenizer.encode(settings.sample_prompt)), config.max_position_embeddings
+    if not 0 < length < limit:
+        raise InputError(f"sample_prompt is {length} tokens, expected 1–{limit - 1}; give another --sample-prompt")
 
 
 def _template(settings: SFTSettings, source: Checkpoint) -> Template:

@@ -234,6 +234,16 @@ def test_a_mistake_in_a_conversation_gets_a_line_and_the_conversation_goes_on(
     assert captured.out == ""
 
 
+def test_a_line_that_is_not_utf8_gets_a_line_and_the_conversation_goes_on(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n/help\n"), "utf-8"))
+    assert run("chat", models / "sft") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "not valid Unicode at character 0 (U+DCFF)" in lines[0]
+    assert "/regen the last reply again" in "\n".join(lines)
+
+
 def test_saving_does_not_overwrite_a_file_of_the_user(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -110,6 +110,20 @@ def test_an_index_that_cannot_be_trusted_is_refused(folder: Path, tmp_path: Path
     assert "is not an index of token shards" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"dtype": "x"}, "dtype 'x' and vocab_size"),
+        ({"dtype": ["<u2"]}, "dtype ['<u2'] and vocab_size"),
+        ({"vocab_size": "300"}, "vocab_size '300', expected <u2 or <u4 and a positive integer; encode the text again"),
+        ({"vocab_size": -1}, "vocab_size -1, expected"),
+    ],
+)
+def test_an_index_of_absurd_ids_is_refused(folder: Path, changes: dict[str, object], got: str):
+    edit_index(folder, **changes)
+    assert got in refused(folder)
+
+
 def test_a_split_without_tokens_is_refused(folder: Path):
     splits = json.loads((folder / "index.json").read_text())["splits"]
     edit_index(folder, splits=splits | {"val": {"tokens": 0, "documents": 0, "shards": []}})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absolute path": (
         lambda f: index(f, {FIRST: "/etc/passwd"}),
         "index names /etc/passwd, outside the model directory; refused",
+    ),
+    "a name no file has": (
+        lambda f: index(f, {FIRST: "a\0b"}),
+        "index names a\0b, outside the model directory; refused",
+    ),
+    "a pipe": (
+        lambda f: ((f / hf.WEIGHTS).unlink(), os.mkfifo(f / hf.WEIGHTS)),
+        "model.safetensors is a folder, pipe or device, not a file; give",
+    ),
+    "a number of 5,000 digits": (
+        lambda f: (f / hf.WEIGHTS).write_bytes((5000).to_bytes(8, "little") + b"9" * 5000),
+        "model.safetensors is no safetensors file: its header is not JSON",
     ),
     "index without map": (lambda f: index(f, 3), "has no weight_map from tensors to files"),
     "index of other tensors": (lambda f: index(f, {"x": "a.safetensors"}), "and a.safetensors disagree on 29 tensors"),

@@ -118,6 +118,37 @@ def test_a_sequence_longer_than_the_context_is_refused(data, tmp_path):
         train.pretrain(settings(data, tmp_path / "out", sequence_length=512))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "sample_prompt is 0 tokens, expected 1–255; give another"),
+        ("x" * 256, "sample_prompt is 256 tokens, expected 1–255; give another"),
+        ("\udcff", r"input is not valid Unicode at character 0 \(U\+DCFF\)"),
+    ],
+)
+def test_a_sample_prompt_that_cannot_be_continued_is_refused_before_the_run(data, tmp_path, prompt, message):
+    with pytest.raises(InputError, match=message):
+        train.pretrain(settings(data, tmp_path / "out", sample_every=2, sample_prompt=prompt))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_no_memory_here_holds_is_refused(data, tmp_path):
+    huge = dataclasses.replace(settings(data, tmp_path / "out"), model=ModelSettings(num_hidden_layers=10**9))
+    with pytest.raises(InputError, match=r"a model of [\d,]+ parameters needs [\d.]+ TB for its weights"):
+        train.pretrain(huge)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_is_32_bits():
+    with pytest.raises(InputError, match="seed must be in 0–4294967295, got 4294967296"):
+        TrainSettings(seed=2**32)
+
+
+def test_a_model_without_heads_is_refused():
+    with pytest.raises(InputError, match="num_attention_heads must be a positive integer below 2"):
+        train.model_config(ModelSettings(num_attention_heads=0), 320)
+
+
 def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_saved(data, tmp_path, monkeypatch):
     plain = training_loop.train_step
 

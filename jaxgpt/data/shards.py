@@ -23,6 +23,7 @@ FORMAT = "jaxgpt-shards"
 VERSION = 1
 INDEX = "index.json"
 SPLITS = ("train", "val")
+DTYPES = ("<u2", "<u4")
 START_DTYPE = np.dtype("<u8")
 
 
@@ -44,6 +45,11 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise InputError(
             f"{path} has version {index.get('version')}, this program reads {VERSION}; encode the text again"
+        )
+    if index.get("dtype") not in DTYPES or type(index.get("vocab_size")) is not int or index["vocab_size"] < 1:
+        raise InputError(
+            f"{path} has dtype {index.get('dtype')!r} and vocab_size {index.get('vocab_size')!r}, expected "
+            f"{' or '.join(DTYPES)} and a positive integer; encode the text again"
         )
     return index
 

@@ -129,7 +129,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
         raise InputError(f"{INDEX} has no weight_map from tensors to files")
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or "\\" in file or file in (".", "..", ""):
+        if Path(file).name != file or "\\" in file or "\0" in file or file in (".", "..", ""):
             raise InputError(f"index names {file}, outside the model directory; refused")
         shards.setdefault(file, set()).add(name)
     return shards

@@ -34,6 +34,8 @@ def read_header(path: Path) -> tuple[Header, int]:
     Raises:
         InputError: unreadable, or a declaration that the file's size does not bear out.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a folder, pipe or device, not a file; give a folder of model files")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -43,7 +45,9 @@ def read_header(path: Path) -> tuple[Header, int]:
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
         raise InputError(f"{path.name} is no safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
         raise InputError(f"{path.name} is no safetensors file: its header is not a JSON object")

@@ -1,6 +1,7 @@
 """The conversation at the terminal: lines in, replies out, commands that begin with a slash."""
 
 import dataclasses
+import io
 import json
 import re
 import signal
@@ -47,9 +48,10 @@ class Repl:
         if sys.stdin.isatty():
             how = "chat" if self.session.template else "raw continuation of text"
             self.output.note(f"{how}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
-        while (line := self.read_line()) is not None:
+        while True:
             try:
-                if self._take(line):
+                line = self.read_line()
+                if line is None or self._take(line):
                     break
             except InputError as error:
                 self.output.note(f"jaxgpt: {error}")
@@ -176,8 +178,12 @@ def _line_reader() -> Callable[[], str | None]:
 
         return edited
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
     def plain() -> str | None:
         line = sys.stdin.readline()
+        # Undecodable bytes arrive as lone surrogates, whatever the locale: the session names them.
         return line.rstrip("\r\n") if line else None
 
     return plain
