@@ -75,6 +75,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise InputError(f"--json: the folder {arguments.json.parent} does not exist; create it first")
+    if arguments.seed < 0:
+        raise InputError(f"--seed must be ≥ 0, got {arguments.seed}")
     answer = subject.compare(
         arguments.checkpoint,
         arguments.reference,

@@ -131,3 +131,8 @@ def test_a_report_with_infinite_errors_is_still_json(folders: tuple[Path, Path],
     text = json.dumps(report.to_dict(), allow_nan=False)
     assert '"inf"' in text
     assert report.verdict == "fail"
+
+
+def test_a_negative_seed_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["compare", str(tmp_path), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "oracle: --seed must be ≥ 0, got -1\n"
