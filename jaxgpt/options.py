@@ -278,8 +278,12 @@ def _choice(option: Option, shown: str, value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    """The known name most like `name`: the one it is the initials of (`lr`), or the one spelled most alike."""
+    words = list(known)
+    initials = [
+        word for word in words if "".join(part[:1] for part in re.split("[-_]+", word.strip("-"))) == name.strip("-")
+    ]
+    return (initials or difflib.get_close_matches(name, words, n=1, cutoff=0.0))[0]
 
 
 # -- A config file ---------------------------------------------------------------------
@@ -300,6 +304,8 @@ def read_config(file: str, options: Sequence[Option]) -> dict[tuple[str, ...], A
         raise InputError(f"--config {file} cannot be read: {error.strerror}; give a TOML file") from None
     except ValueError as error:
         raise InputError(f"{file} is not TOML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{file} is nested too deeply to read; settings are one table deep") from None
     tables = {option.path[:-1] for option in options if len(option.path) > 1}
     values: dict[tuple[str, ...], Any] = {}
     for key, value in content.items():

@@ -149,6 +149,7 @@ def test_keys_may_have_dashes_and_nested_ones_may_be_flat(tmp_path: Path):
         ("tag = 'x'", "tag must be a list of texts, got 'x'"),
         ("warmth = 1.0\n[inner]\nwarmth = 2.0", "[inner] warmth is set twice; keep one"),
         ("count = ", "is not TOML"),
+        ("count = " + "[" * 5000, "is nested too deeply to read; settings are one table deep"),
     ],
 )
 def test_a_config_file_with_something_else_is_refused(tmp_path: Path, text: str, message: str):
