@@ -193,8 +193,18 @@ def merge_heads(config: ModelConfig, p: Leaves, x: Float[Array, "B N T H"]) -> F
 
 # -- MLP and residual stream -----------------------------------------------------------
 
+
+def gelu_new(x: Array) -> Array:
+    """GELU's tanh approximation (Hendrycks & Gimpel 2016, section 2), as x·sigmoid(2u).
+
+    (1 + tanh u) / 2 is sigmoid(2u); written with tanh it loses every digit where
+    tanh is near -1.
+    """
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_new": gelu_new,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
 }

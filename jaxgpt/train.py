@@ -16,6 +16,7 @@ from jaxgpt.data.batches import Batch, EpisodeBatches, PretrainBatches, validati
 from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
+from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
 from jaxgpt.step_folder import steps
 from jaxgpt.tokenizer import Tokenizer
@@ -28,9 +29,15 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
     Raises:
         InputError: settings, data or model that do not fit together; before anything is written.
     """
+    with RunLock(_given("--out", settings.out)) as lock:
+        return Loop(_pretraining(settings), lock).run()
+
+
+def _pretraining(settings: PretrainSettings) -> Run:
     settings, resumed = _resumed(settings, "pretrain")
     device.use(settings.train.device)
     shards = TokenShards(_given("--data", settings.data))
+    shards.verify()
     shards.judge_first_shard()
     tokenizer = shards.tokenizer()
     source = resumed or (checkpoint.load(settings.init_from) if settings.init_from else None)
@@ -45,7 +52,9 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
     _fits_context(config, train)
     _sample_fits(config, tokenizer, train)
     held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
-    run = Run(
+    if held_out:
+        held_out.verify()
+    return Run(
         out=Path(settings.out),
         settings=train,
         stage="base",
@@ -60,7 +69,6 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
         parent=settings.init_from or None,
         resumed=resumed,
     )
-    return Loop(run).run()
 
 
 def sft(settings: SFTSettings) -> TrainResult:
@@ -69,6 +77,11 @@ def sft(settings: SFTSettings) -> TrainResult:
     Raises:
         InputError: settings, data or model that do not fit together; before anything is written.
     """
+    with RunLock(_given("--out", settings.out)) as lock:
+        return Loop(_fine_tuning(settings), lock).run()
+
+
+def _fine_tuning(settings: SFTSettings) -> Run:
     settings, resumed = _resumed(settings, "sft")
     device.use(settings.train.device)
     source = resumed or checkpoint.load(_given("--model", settings.model))
@@ -79,7 +92,7 @@ def sft(settings: SFTSettings) -> TrainResult:
     _fits_context(source.config, train)
     episodes = read_episodes(_given("--data", settings.data), source.tokenizer, template, train.sequence_length)
     training, held_out = _split(episodes, settings, source.tokenizer, template)
-    run = Run(
+    return Run(
         out=Path(settings.out),
         settings=train,
         stage="sft",
@@ -96,7 +109,6 @@ def sft(settings: SFTSettings) -> TrainResult:
         parent=settings.model,
         resumed=resumed,
     )
-    return Loop(run).run()
 
 
 _Settings = TypeVar("_Settings", PretrainSettings, SFTSettings)
@@ -141,11 +153,13 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
 
     A resumed run takes the settings it was started with; only where it lies may have changed.
     """
-    out = _given("--out", settings.out)
+    out = settings.out
     if not settings.resume:
         if steps(out):
             raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
         return settings, None
+    if not steps(out):
+        raise InputError(f"{out} holds no saved step to go on from; start the run without --resume")
     found = checkpoint.load(out, train=True, fallback=True)
     if found.train is None or found.train_json is None:
         raise InputError(f"{out} has no training state to resume; start from it with --init-from")

@@ -26,6 +26,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, Batches, DataEnded
 from jaxgpt.errors import InputError
 from jaxgpt.loss import Arrays, evaluate
+from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import GenerationSettings, TrainSettings
 from jaxgpt.step_folder import Contents
 from jaxgpt.tokenizer import Tokenizer
@@ -79,8 +80,9 @@ class Run:
 class Loop:
     """The steps of one run."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, lock: RunLock):
         self.r = run
+        self.lock = lock
         self.settings = run.settings
         self.dtype = self._compute_dtype()
         self._check_data()
@@ -127,6 +129,7 @@ class Loop:
         started = time.monotonic()
         step = int(self.state.step)
         self._gate(step)
+        self.lock.acquire()
         self.log = run_log.RunLog(self.r.out, self.settings.steps, resumed_at=step if self.r.resumed else None)
         try:
             self._announce(step)
@@ -178,7 +181,7 @@ class Loop:
                 say(notice)
         if device.overlooked_gpu():
             say("this machine has an NVIDIA GPU that JAX does not use; install jaxgpt[cuda12]")
-        say(f"{count:,} parameters, {self.dtype} on {device.describe()}, {ratio:.1f} tokens a parameter{starved}")
+        say(f"{count:,} parameters, {self.dtype} on {device.describe()}, {ratio:.2g} tokens a parameter{starved}")
         self.log.write(
             "start",
             step,

@@ -199,3 +199,8 @@ def test_what_the_command_line_said_is_known_apart_from_the_file(tmp_path: Path)
     assert parsed.given == ("--out", "--resume", "--json")
     assert parsed.settings.train.steps == 5
     assert parsed.output.json
+
+
+def test_initials_name_a_flag_better_than_spelling():
+    assert options.nearest("--lr", ["--remat", "--learning-rate", "--log-every"]) == "--learning-rate"
+    assert options.nearest("--stepz", ["--remat", "--steps"]) == "--steps"

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jaxgpt.data.encode import encode
 from jaxgpt.data.instructions import MICRO, generate
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
+from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
 from jaxgpt.step_folder import steps
 from jaxgpt.tokenizer import Tokenizer
@@ -90,7 +92,9 @@ def test_resume_refuses_other_data(data, tmp_path, monkeypatch):
         stop_after(patch, 3)
         train.pretrain(settings(copied, out))
     index = json.loads((copied / "index.json").read_text())
-    index["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    shard = copied / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + shard.read_bytes()[:2])
+    index["splits"]["train"]["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
     (copied / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="dataset fingerprint differs from checkpoint"):
         train.pretrain(PretrainSettings(out=str(out), resume=True))
@@ -258,3 +262,27 @@ def test_the_device_in_use_is_said(data, base, capsys, tmp_path):
 def test_shards_carry_tokenizer_and_template(data):
     assert TokenShards(data).tokenizer().special("end").text == "<|im_end|>"
     assert TokenShards(data).template() == CHATML
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_the_first_goes_on(data, tmp_path):
+    out = tmp_path / "out"
+    with RunLock(out) as lock:
+        lock.acquire()
+        with pytest.raises(InputError, match=r"another run is writing into .*out; wait for it, or give another --out"):
+            train.pretrain(settings(data, out))
+        assert not list(out.iterdir())
+    assert train.pretrain(settings(data, out, steps=1)).step == 1
+
+
+def test_a_flipped_bit_in_a_shard_stops_the_run_and_names_the_file(data, tmp_path):
+    copied = tmp_path / "data"
+    copied.mkdir()
+    for file in data.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    shard = copied / "train-00000.bin"
+    damaged = bytearray(shard.read_bytes())
+    damaged[100] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"train-00000.bin fails SHA-256; encode the text again"):
+        train.pretrain(settings(copied, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

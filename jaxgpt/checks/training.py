@@ -132,7 +132,8 @@ def single_batch_memorize_test(lm: LM) -> CheckLine:
         if reply.ids != answer:
             wrong.append(f"{_shown(prompt)} gave {_text(lm, reply.ids)}, expected {_text(lm, answer)}")
     score = f"{len(prompts) - len(wrong)}/{len(prompts)} answered greedily, loss {loss:.3f} after {steps} steps"
-    if not loss <= LEARNED:
+    # Where every answer comes, it has learned them, however slowly a tiny model's loss falls.
+    if wrong and not loss <= LEARNED:
         return CheckLine("single_batch_memorize_test", "FAIL", f"{score}: training does not learn one small batch")
     causes = [f"{score}: {wrong[0]}; what training learned does not come out of generation"] if wrong else []
     return judged("single_batch_memorize_test", causes, score)

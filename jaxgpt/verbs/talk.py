@@ -76,6 +76,8 @@ def chat(settings: ChatSettings, output: Output) -> int:
     if raw and settings.system:
         raise InputError(f"--system needs the chat template, {settings.directory} is a base model; add --chat")
     session = ChatSession(lm, system=settings.system or None, settings=chosen, raw=raw)
+    if raw and not settings.raw:
+        output.note("a base model continues text, it was not taught to answer; --chat uses its template all the same")
     if session.template and session.template.warning:
         output.note(session.template.warning)
     if settings.message is None:

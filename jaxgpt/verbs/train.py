@@ -44,7 +44,7 @@ def _check(settings: PretrainSettings | SFTSettings, output: Output) -> None:
     if settings.resume and changed:
         raise InputError(
             f"--resume goes on with the settings the run was started with, got {' '.join(changed)} too; "
-            "drop it, or start a new run from this one's checkpoint"
+            "drop it, or start a new run from this one's checkpoint (pretrain --init-from, sft --model)"
         )
 
 

@@ -1,0 +1,47 @@
+"""One process at a time writes into a run folder."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+from jaxgpt.errors import InputError
+
+
+class RunLock:
+    """An advisory lock on the folder itself: nothing is left behind, and it ends with the process.
+
+    Entering locks a folder that exists; `acquire` also makes one. Two runs in one
+    folder would delete each other's unfinished saves and mix their logs.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        if self.folder.is_dir():
+            self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def acquire(self) -> None:
+        """Lock the folder, making it first; does nothing when it is locked by this object.
+
+        Raises:
+            InputError: another run holds it.
+        """
+        if self._descriptor is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"another run is writing into {self.folder}; wait for it, or give another --out") from None
+        self._descriptor = descriptor
