@@ -9,6 +9,7 @@ Everything lands in the folder given (default `demo`), which is replaced.
 """
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 from jaxgpt.data.instructions import MICRO, generate
 
 PRETRAIN_STEPS = 500
-SFT_STEPS = 250
+SFT_STEPS = 400
 MARGIN = 0.25
 """Nats a token by which the model must beat the bigram model."""
 MARKER = ".jaxgpt-demo"
@@ -142,7 +143,8 @@ def demo(folder: Path) -> None:
 
     heading("3/7 SFT: learn to answer")
     chats = folder / "instructions.jsonl"
-    taught = [*generate(1500, seed=0), *MICRO * 20]
+    taught = [*generate(1500, seed=0), *MICRO * 40]
+    random.Random(0).shuffle(taught)  # SFT holds out the last rows
     write_jsonl(chats, [{"messages": messages} for messages in taught])
     teaching = flags(model=base, data=chats, out=assistant, steps=SFT_STEPS, sequence_length=128)
     run(["jaxgpt", "sft", *teaching, *flags(learning_rate=2e-3, eval_every=125)])
