@@ -81,6 +81,11 @@ def test_gpt2_with_the_names_of_the_hub_gives_the_same_model(folder: Folder) -> 
     assert torch.equal(torchref.load(folder.path)(ids), expected(ids))
 
 
+def test_layers_that_no_file_could_hold_are_refused_before_they_are_built(llama_folder: Folder) -> None:
+    llama_folder.configure(num_hidden_layers=10**9)
+    assert "has 1,000,000,000 layers, the weights are" in llama_folder.refusal()
+
+
 def test_a_missing_tensor_is_refused(folder: Folder) -> None:
     tensors = folder.tensors()
     del tensors["transformer.h.2.attn.c_attn.weight"]

@@ -42,6 +42,13 @@ def build(config: Mapping[str, Any]) -> Decoder:
     return model
 
 
+def _refuse_absent_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """Before modules are built for a number of layers that no file could hold."""
+    layers = config.get("n_layer", config.get("num_hidden_layers"))
+    if isinstance(layers, int) and layers > tensors:
+        raise LoadError(f"config.json has {layers:,} layers, the weights are {tensors:,} tensors; restore the folder")
+
+
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     """The model of a folder with config.json and safetensors, whole or in shards.
 
@@ -54,10 +61,11 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     """
     folder = Path(folder)
     config = _json(folder / "config.json")
-    with torch.device("meta"):
-        model = _empty(config)
     with ExitStack() as stack:
         slices = _open(folder, stack)
+        _refuse_absent_layers(config, len(slices))
+        with torch.device("meta"):
+            model = _empty(config)
         if isinstance(model, GPT2LMHead):
             slices = _gpt2_names(slices)
         _check(model, {name: tuple(slice.get_shape()) for name, slice in slices.items()})
