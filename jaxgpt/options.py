@@ -341,6 +341,8 @@ def _from_toml(option: Option, value: object, place: str) -> Any:
 
 
 def _one_from_toml(option: Option, value: object, place: str) -> Any:
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{place} holds a NUL character, which no command line could; remove it")
     if option.choices:
         return _choice(option, place, value)
     if option.kind is float and type(value) is int:

@@ -267,3 +267,10 @@ def test_check_prints_each_line_and_fails_with_1(capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert json.loads(captured.out)["passed"] is False
     assert "FAIL b: step 3" in captured.err
+
+
+def test_a_tokenizer_beside_a_checkpoint_that_has_one_is_refused(tmp_path, capsys):
+    words = ["data", "encode", "stdlib", "--out", str(tmp_path / "o"), "--model", "m", "--tokenizer", "gpt2"]
+    assert cli.main(words) == 2
+    assert "--model brings its own tokenizer and template, got --tokenizer too" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

@@ -204,3 +204,10 @@ def test_what_the_command_line_said_is_known_apart_from_the_file(tmp_path: Path)
 def test_initials_name_a_flag_better_than_spelling():
     assert options.nearest("--lr", ["--remat", "--learning-rate", "--log-every"]) == "--learning-rate"
     assert options.nearest("--stepz", ["--remat", "--steps"]) == "--steps"
+
+
+def test_a_nul_in_a_config_file_is_refused(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text('out = "a\\u0000b"\n')
+    with pytest.raises(InputError, match="out holds a NUL character"):
+        options.parse(PretrainSettings, ["--config", str(file)], "jaxgpt pretrain")

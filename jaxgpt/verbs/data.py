@@ -29,6 +29,9 @@ def encode(settings: DataEncodeSettings, output: Output) -> int:
     if settings.workers is not None and settings.workers < 1:
         raise InputError(f"workers must be at least 1, got {settings.workers}")
     if settings.model:
+        made = [flag for flag in ("--tokenizer", "--template") if flag in output.given]
+        if made:
+            raise InputError(f"--model brings its own tokenizer and template, got {' '.join(made)} too; drop one")
         tokenizer, template = _of_checkpoint(settings.model)
     else:
         template = TEMPLATES[settings.template]
