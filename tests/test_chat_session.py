@@ -72,6 +72,7 @@ def chatml() -> LM:
     return tiny()
 
 
+@pytest.mark.slow
 def test_after_every_turn_the_ids_are_those_of_the_rendered_conversation(lm: LM):
     session = ChatSession(lm, system="be a cab.", settings=SAMPLED)
     reasons: set[str | None] = set()

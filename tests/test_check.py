@@ -68,6 +68,7 @@ def failed(line: CheckLine, *words: str) -> CheckLine:
 # -- Clean models ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
@@ -147,6 +148,7 @@ def test_a_prefill_off_by_one_is_found_in_the_prefill(monkeypatch: pytest.Monkey
     failed(kv_cache_parity_steps_test(lm), "cached generation at step 0", "prefill is wrong")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("computed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_cache_that_is_wrong_only_at_the_edge_of_the_context_is_found(computed, monkeypatch: pytest.MonkeyPatch):
     original = model.cached_inputs

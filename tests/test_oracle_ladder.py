@@ -65,6 +65,7 @@ def place(found: Report) -> tuple[str, str, str]:
 # -- True models -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_true_model_passes_every_rung(case: Case):
     found = case.compare()
     assert [rung.name for rung in found.rungs] == list(ladder.LADDER)
