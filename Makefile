@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 .PHONY: help install demo test test-quick equivalence lint format bench clean
 
 help:
-	@echo "make demo         train, fine-tune, check and compare a small model from nothing (about 6 minutes)"
+	@echo "make demo         train, fine-tune, check and compare a small model from nothing (about 4 minutes)"
 	@echo "make test         the whole test suite (at most 10 minutes on two cores)"
 	@echo "make test-quick   without the slow tests (at most 3 minutes)"
 	@echo "make equivalence  JAX against PyTorch for both model families in fp32 and bf16; report in build/equivalence"
