@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from oracle import ladder, models, noise
+from oracle.comparison import Comparison
 from oracle.reference import DTYPES, Reference
 from oracle.results import Finding, Report
 from oracle.rungs import decode, environment, forward, operators
@@ -52,7 +53,7 @@ def carry_out(run: Run) -> Report:
         folder = models.write((models.MODELS | models.WIDE)[run.model], Path(place), run.dtype, run.seed)
         reference = Reference.load(folder, run.dtype)
         candidate = models.candidate(folder, run.dtype)
-        comparison = ladder.Comparison(candidate, reference, folder, folder, ladder.uncalibrated(), run.seed)
+        comparison = Comparison(candidate, reference, folder, folder, ladder.uncalibrated(), run.seed)
         rungs = [operators.NAME, forward.NAME, *([decode.NAME] if run.jit else [])]
         with jax.disable_jit(not run.jit):
             return ladder.climb(comparison, everything=True, rungs=rungs)

@@ -23,6 +23,8 @@ from jaxgpt.ops import FUNCTIONS, OpFunction
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.taps import Op, Wiring, ops
 
+ForwardPass = Callable[..., model.Output]
+"""Signature of `jaxgpt.model.forward`."""
 Step = Callable[..., tuple[model.Output, KVCache]]
 """Signature of `jaxgpt.model.forward_cached`."""
 
@@ -50,6 +52,8 @@ class Candidate:
     """Compute dtype: `float32` or `bfloat16`."""
     replace: Mapping[str, OpFunction] = field(default_factory=lambda: model.UNCHANGED)
     """Ops to run instead of the model's own, by tap or by function."""
+    forward_pass: ForwardPass = model.forward
+    """One forward of whole sequences."""
     step: Step = model.forward_cached
     """One cached forward: prefill, or a decode step."""
     real_ids: int | None = None
@@ -65,6 +69,10 @@ class Candidate:
         """An op or the decode step is not the model's own."""
         return bool(self.replace) or self.step is not model.forward_cached
 
+    def function(self, op: Op) -> OpFunction:
+        """What computes an op here."""
+        return self.replace.get(op.tap) or self.replace.get(op.function) or FUNCTIONS[op.function]
+
     @property
     def _replacements(self) -> "Replacements":
         return tuple(sorted(self.replace.items(), key=lambda item: item[0]))
@@ -77,7 +85,7 @@ class Candidate:
         """
         given = (self.params, *map(jnp.asarray, (ids, positions, segments)))
         with _unrunnable("forward"):
-            taps = _forward(self.config, self._replacements, *given)
+            taps = _forward(self.config, self._replacements, self.forward_pass, *given)
         # The output of a jitted function is a sorted dict; order is that of the table.
         return {op.tap: taps[op.tap] for op in ops(self.config)}
 
@@ -87,10 +95,9 @@ class Candidate:
         Raises:
             Unrunnable: shapes that do not fit together.
         """
-        function = self.replace.get(op.tap) or self.replace.get(op.function) or FUNCTIONS[op.function]
         parameters = model.leaves(self.params, op.parameters) if op.parameters else {}
         with _unrunnable("op"):
-            return _jitted(function)(self.config, parameters, *map(jnp.asarray, inputs))
+            return _jitted(self.function(op))(self.config, parameters, *map(jnp.asarray, inputs))
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` tokens a row."""
@@ -145,12 +152,18 @@ Replacements = tuple[tuple[str, OpFunction], ...]
 """`Candidate.replace` as a static argument: models of one config share their compilations."""
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(
-    config: ModelConfig, replace: Replacements, params: model.Params, ids: Any, positions: Any, segments: Any
+    config: ModelConfig,
+    replace: Replacements,
+    forward_pass: ForwardPass,
+    params: model.Params,
+    ids: Any,
+    positions: Any,
+    segments: Any,
 ) -> dict[str, jax.Array]:
     given: dict[str, Any] = {"positions": positions, "segments": segments, "replace": dict(replace)}
-    return model.forward(config, params, ids, **given).taps
+    return forward_pass(config, params, ids, **given).taps
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -13,9 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jaxgpt.errors import InputError
-from oracle import models, noise, report, subject
+from oracle import models, noise, subject
 from oracle.faults import FAULTS, Fault
 from oracle.reference import DTYPES
+from oracle.reports import terminal
 from oracle.results import Report
 
 FAULT_DTYPES = {"gpt2": ("float32",), "llama-square-biased-tied-linear": ("float32", "bfloat16")}
@@ -77,7 +78,7 @@ def _clean(name: str, dtype: str, folder: Path, checkpoint: Path, calibration: n
 
 def _detail(answer: Report) -> str:
     if answer.verdict != "pass":
-        return report.verdict(answer)
+        return terminal.verdict(answer)
     kl = next(finding.error for rung in answer.rungs for finding in rung.findings if finding.op == "kl")
     return f"KL {kl:.0e}; {answer.rungs[-1].summary}"
 

@@ -11,7 +11,7 @@ from jaxgpt.config import ModelConfig
 from oracle import probe
 
 if TYPE_CHECKING:
-    from oracle.ladder import Comparison
+    from oracle.comparison import Comparison
 
 WEIGHTS = (
     "kernel transposed",

@@ -2,50 +2,17 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import jax
 
-from oracle import exposure, noise, probe
-from oracle.candidate import Candidate, Unrunnable
-from oracle.compare import Judge
+from oracle import exposure, noise
+from oracle.candidate import Unrunnable
+from oracle.comparison import Comparison
 from oracle.noise import Calibration
-from oracle.reference import Reference
 from oracle.results import Finding, Inconclusive, Report, RungResult
 from oracle.rungs import bits, decode, environment, forward, operators
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything a rung may look at."""
-
-    candidate: Candidate
-    reference: Reference
-    export: Path
-    """The candidate as the product's exporter writes it."""
-    source: Path | None
-    """The Hugging Face folder the weights came from, if it is known."""
-    calibration: Calibration
-    seed: int = 0
-
-    @property
-    def real_ids(self) -> int:
-        """Ids that mean something."""
-        return self.candidate.real_ids or self.candidate.config.vocab_size
-
-    def judge(self, rung: str) -> Judge:
-        """Limits of one rung."""
-        return Judge(rung, self.candidate.dtype, self.calibration)
-
-    def sequences(self) -> probe.Probe:
-        """Whole sequences to run both models on."""
-        return probe.sequences(self.candidate.config, self.real_ids, self.seed)
-
-    def decoding(self) -> probe.DecodeProbe:
-        """Prompts and forced ids."""
-        return probe.decoding(self.candidate.config, self.real_ids, self.seed + 1)
-
+from oracle.site import Site
 
 Rung = Callable[[Comparison], RungResult]
 
@@ -91,12 +58,31 @@ def climb(
 def _timed(name: str, comparison: Comparison) -> RungResult:
     start = time.perf_counter()
     try:
-        result = LADDER[name](comparison)
-    except Unrunnable as reason:
-        result = RungResult(name, [Finding("", "", ok=False, problem=str(reason))], str(reason))
+        result = run_rung(name, comparison)
     except Inconclusive as reason:
         result = RungResult(name, [], str(reason), inconclusive=str(reason))
     return replace(result, seconds=time.perf_counter() - start)
+
+
+def run_rung(name: str, comparison: Comparison) -> RungResult:
+    """One rung; a candidate that cannot run it fails it."""
+    try:
+        return LADDER[name](comparison)
+    except Unrunnable as reason:
+        return RungResult(name, [Finding("", "", ok=False, problem=str(reason))], str(reason))
+
+
+SITES: dict[str, Callable[[Comparison, Finding], Site]] = {
+    bits.NAME: bits.site,
+    operators.NAME: operators.site,
+}
+"""Rungs that can measure one of their findings alone; the others are run again as a whole."""
+
+
+def site(comparison: Comparison, rung: str, finding: Finding) -> Site:
+    """Where a finding can be measured again with a changed candidate."""
+    make = SITES.get(rung)
+    return make(comparison, finding) if make and finding.tap else Site(comparison, rung, finding)
 
 
 def uncalibrated(factor: float = 1.0) -> Calibration:

@@ -1,13 +1,13 @@
 """What a comparison says: one finding per tensor, one result per rung, one report."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
-VERSION = 1
+VERSION = 2
 """Of the JSON report's schema."""
 
 
@@ -69,6 +69,101 @@ def _number(value: float) -> float | str:
 
 
 @dataclass(frozen=True)
+class Token:
+    """One greedy choice, judged by the truth's logits given what the candidate wrote before."""
+
+    prompt: int
+    step: int
+    chosen: int
+    expected: int
+    """The truth's most likely id."""
+    margin: float
+    """How far the truth puts the chosen id below its own choice; 0 where they are the same."""
+    noise: float
+    """A margin up to here is within what rounding may turn round."""
+
+    @property
+    def outcome(self) -> Literal["exact", "tie", "wrong"]:
+        """A tie is a difference inside the noise."""
+        return "exact" if self.margin == 0 else "tie" if self.margin <= self.noise else "wrong"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"outcome": self.outcome, "margin": _number(self.margin), "noise": _number(self.noise)}
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a difference looks like: where in the tensor it is, and what kind of number it is."""
+
+    shape: tuple[int, ...]
+    profiles: Mapping[str, Sequence[float]]
+    """For each axis, by name, the root mean square of the error at each index (or bin of indices)."""
+    scale: float
+    """The factor a that makes a · truth come nearest to the candidate."""
+    correlation: float
+    """Pearson's, between candidate and truth."""
+    sentences: Sequence[str]
+    """The same in words, e.g. `only in head 3`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        numbers = {"scale": _number(self.scale), "correlation": _number(self.correlation)}
+        profiles = {axis: [_number(value) for value in values] for axis, values in self.profiles.items()}
+        return {"shape": list(self.shape), "profiles": profiles, **numbers, "sentences": list(self.sentences)}
+
+
+UNKNOWN = "unknown"
+"""The name of a cause that no repair undoes."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a difference exists: the change that undoes it, or `unknown` with what it looks like."""
+
+    name: str
+    rung: str
+    tap: str
+    """Where the difference began."""
+    change: str
+    """What was changed to undo it, e.g. `with half-split pairs`."""
+    advice: str
+    """What to change in which file."""
+    before: Finding
+    after: Finding
+    """The same comparison with the change; for an unknown cause the same as `before`."""
+    proved: bool
+    """With the change this place agrees, and so does the rung behind it."""
+    also_at: Sequence[str] = ()
+    """Other taps or parameters at which the same change undoes a difference."""
+    tied: Sequence[str] = ()
+    """Other causes whose repair undoes it as well: which of them it is cannot be told."""
+    runners_up: Sequence[str] = ()
+    """The names that came nearest to undoing it, best first, where none did."""
+    residual: Residual | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.name,
+            "rung": self.rung,
+            "tap": self.tap,
+            "change": self.change,
+            "advice": self.advice,
+            "error_before": _number(self.before.error),
+            "error_after": _number(self.after.error),
+            "noise_before": _number(self.before.noise),
+            "noise_after": _number(self.after.noise),
+            "problem_before": self.before.problem,
+            "proved": self.proved,
+            "also_at": list(self.also_at),
+            "tied": list(self.tied),
+            "runners_up": list(self.runners_up),
+            "residual": self.residual.to_dict() if self.residual else None,
+        }
+
+
+@dataclass(frozen=True)
 class RungResult:
     """One rung of the ladder; `findings` are in execution order."""
 
@@ -79,6 +174,8 @@ class RungResult:
     inconclusive: str = ""
     """Why the rung can decide nothing; empty if it can."""
     seconds: float = 0.0
+    tokens: Sequence[Token] = ()
+    """Greedy choices, where the rung made some."""
 
     @property
     def verdict(self) -> Verdict:
@@ -103,6 +200,7 @@ class RungResult:
             "checked": len(self.findings),
             "failed": sum(not finding.ok for finding in self.findings),
             "findings": [finding.to_dict() for finding in self.findings],
+            "tokens": [token.to_dict() for token in self.tokens],
         }
 
 
@@ -116,6 +214,10 @@ class Report:
     hidden: dict[str, str]
     """Fault classes that it could not have shown, each with the reason."""
     environment: dict[str, Any] = field(default_factory=dict)
+    causes: Sequence[Cause] = ()
+    """In the order they were found: each behind the repair of those before it."""
+    repaired: "Report | None" = None
+    """The comparison of the candidate with all those repairs, from the first broken rung on."""
 
     @property
     def verdict(self) -> Verdict:
@@ -144,7 +246,8 @@ class Report:
             "verdict": self.verdict,
             "rungs": [rung.to_dict() for rung in self.rungs],
             "first_divergence": self.first_divergence(),
-            "causes": [],
+            "causes": [cause.to_dict() for cause in self.causes],
+            "repaired": self.repaired.to_dict() if self.repaired else None,
             "exposed_classes": list(self.exposed),
             "hidden_classes": self.hidden,
             "environment": self.environment,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxgpt import checkpoint
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.formats import hf
-from oracle import ladder
+from oracle import diagnosis, ladder
 from oracle.candidate import Candidate
-from oracle.ladder import Comparison
+from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import Reference
 from oracle.results import Report
@@ -41,6 +41,7 @@ def compare(
     *,
     everything: bool = False,
     seed: int = 0,
+    diagnose: bool = False,
     plant: Callable[[Candidate], Candidate] = lambda true: true,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
@@ -53,6 +54,7 @@ def compare(
         calibration: the limits.
         everything: go on after a rung that failed.
         seed: of the probe inputs.
+        diagnose: look for the causes of what differs.
         plant: changes the candidate after it was loaded and exported, to plant a fault.
         progress: told the name of each rung before it runs, and "" at the end.
 
@@ -65,7 +67,8 @@ def compare(
         chosen = plant(_exported(directory, export, dtype))
         reference = Reference.load(source or export, dtype)
         comparison = Comparison(chosen, reference, export, source, calibration, seed)
-        report = ladder.climb(comparison, everything=everything, progress=progress)
+        climb = diagnosis.bisect if diagnose else ladder.climb
+        report = climb(comparison, everything=everything, progress=progress)
     progress("")
     return report
 

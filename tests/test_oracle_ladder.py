@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from jaxgpt import ops as true_ops
-from oracle import ladder, models, noise, report
+from oracle import ladder, models, noise
 from oracle.candidate import Candidate
+from oracle.comparison import Comparison
 from oracle.faults import FAULTS, Fault
-from oracle.ladder import Comparison
 from oracle.reference import Reference
+from oracle.reports import terminal
 from oracle.results import Report
 
 TWO_LAYERS = {
@@ -69,8 +70,8 @@ def place(found: Report) -> tuple[str, str, str]:
 def test_a_true_model_passes_every_rung(case: Case):
     found = case.compare()
     assert [rung.name for rung in found.rungs] == list(ladder.LADDER)
-    assert found.verdict == "pass", report.verdict(found)
-    assert report.exit_code(found) == 0
+    assert found.verdict == "pass", terminal.verdict(found)
+    assert terminal.exit_code(found) == 0
     if case.dtype == "float32":
         assert next(f.error for rung in found.rungs for f in rung.findings if f.op == "kl") < 1e-8
 
@@ -91,7 +92,7 @@ def test_a_planted_fault_is_located_exactly(case: Case, fault: Fault):
         pytest.skip(f"{fault.name} does not exist in this family")
     found = case.compare(fault.plant(case.candidate), rungs=("bits", "operators", "decode"))
     assert place(found)[:2] == (fault.rung, fault.tap(case.candidate.config))
-    assert report.exit_code(found) == 1
+    assert terminal.exit_code(found) == 1
     broken = found.broken
     assert broken is not None
     assert found.rungs[-1] is broken, "stops at the first broken rung"
@@ -145,7 +146,7 @@ def test_a_nan_is_a_failure_where_it_arises(gpt2: Case):
     altered = dataclasses.replace(gpt2.candidate, replace={"layers.1.mlp_norm": norm})
     found = gpt2.compare(altered, rungs=("operators",))
     assert place(found)[1] == "layers.1.mlp_norm"
-    assert report.verdict(found).endswith("The candidate has NaN or infinite values.")
+    assert terminal.verdict(found).endswith("The candidate has NaN or infinite values.")
 
 
 def test_an_op_that_cannot_take_the_reference_inputs_is_a_failure_not_a_crash(gpt2: Case):
@@ -240,11 +241,11 @@ def test_reduced_precision_or_training_mode_is_inconclusive(gpt2: Case):
     found = gpt2.compare()
     gpt2.reference.peer.decoder.eval()
     assert found.verdict == "inconclusive"
-    assert report.exit_code(found) == 3
-    assert report.verdict(found).startswith("INCONCLUSIVE. the reference is in training mode")
+    assert terminal.exit_code(found) == 3
+    assert terminal.verdict(found).startswith("INCONCLUSIVE. the reference is in training mode")
     torch.set_float32_matmul_precision("medium")
     try:
-        assert "matmul precision is medium" in report.verdict(gpt2.compare())
+        assert "matmul precision is medium" in terminal.verdict(gpt2.compare())
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -257,18 +258,18 @@ def test_a_candidate_that_does_not_repeat_itself_is_inconclusive(gpt2: Case):
         return true_ops.norm(config, p, x) + offset
 
     found = gpt2.compare(dataclasses.replace(gpt2.candidate, replace={"final_norm": norm}))
-    assert "does not repeat itself" in report.verdict(found)
+    assert "does not repeat itself" in terminal.verdict(found)
 
 
 def test_the_report_says_in_words_and_json_where_the_difference_begins(gpt2: Case):
     epsilon = next(fault for fault in FAULTS if fault.name == "norm epsilon wrong")
     found = gpt2.compare(epsilon.plant(gpt2.candidate), rungs=("bits", "operators"))
-    text = "\n".join(report.lines(found))
+    text = "\n".join(terminal.lines(found))
     assert text.startswith("FAIL. First divergence: layers.0.attn_norm, op norm")
     assert "(its inputs are clean). Local error" in text
     assert "times the noise" in text
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert document["verdict"] == "fail"
     assert document["first_divergence"]["layer"] == 0
     assert document["first_divergence"]["op"] == "norm"

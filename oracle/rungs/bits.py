@@ -6,28 +6,38 @@ import and export are each checked by themselves.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt import weights
-from oracle import folder
+from oracle import folder, residual
 from oracle.candidate import Candidate
-from oracle.results import Finding, RungResult
+from oracle.comparison import Comparison
+from oracle.results import Finding, Residual, RungResult
+from oracle.site import Site
 
 NAME = "bits"
 
 
-def run(candidate: Candidate, export: Path, source: Path | None) -> RungResult:
+def run(candidate: Candidate, export: Path | None, source: Path | None) -> RungResult:
     """Compare with `source` first (where a wrong parameter comes from), then with the `export`."""
     findings: list[Finding] = []
     for place, label in ((source, "reference"), (export, "export")):
         if place is not None:
             findings += compare(candidate, folder.parameters(folder.read(place)), label)
     equal = sum(finding.ok for finding in findings)
-    against = "the reference and the export" if source else "the export only (no --reference)"
-    return RungResult(NAME, findings, f"{equal} of {len(findings)} comparisons bit for bit against {against}")
+    return RungResult(
+        NAME, findings, f"{equal} of {len(findings)} comparisons bit for bit against {_places(export, source)}"
+    )
+
+
+def _places(export: Path | None, source: Path | None) -> str:
+    if source is None:
+        return "the export only (no --reference)"
+    return "the reference and the export" if export else "the reference"
 
 
 def compare(candidate: Candidate, file: Mapping[str, np.ndarray], label: str) -> Iterator[Finding]:
@@ -80,3 +90,63 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _value(value: Any) -> str:
     return f"{float(value):.6g}"
+
+
+# -- One parameter ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterSite(Site):
+    """A parameter that differs from the file's tensor of its name."""
+
+    file: Mapping[str, np.ndarray]
+    """All tensors of the file it was compared with, under our names."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, e.g. `layers.0.attn.q.kernel`."""
+        return f"{self.finding.tap}.{self.finding.op}"
+
+    def measure(self, candidate: Candidate) -> Finding:
+        """See `Site.measure`; `error` is the relative distance of the values."""
+        ours, theirs = candidate.stored.get(self.name), self.file.get(self.name)
+        if ours is None or theirs is None:
+            return self.finding
+        ours = np.asarray(ours)
+        measured = _finding(self.name, self.finding.where, difference(ours, theirs))
+        return replace(measured, error=_distance(ours, theirs))
+
+    def residual(self) -> Residual | None:
+        """See `Site.residual`."""
+        ours, theirs = self.candidate.stored.get(self.name), self.file.get(self.name)
+        return None if ours is None or theirs is None else residual.describe(self.name, np.asarray(ours), theirs)
+
+    def substitute(self) -> Candidate | None:
+        """The candidate with the file's tensor."""
+        theirs = self.file.get(self.name)
+        return None if theirs is None else with_parameters(self.candidate, {self.name: theirs})
+
+
+def site(comparison: Comparison, finding: Finding) -> Site:
+    """The parameter of a finding, beside the file it was compared with."""
+    place = comparison.source if finding.where == "reference" else comparison.export
+    assert place is not None
+    file = folder.parameters(folder.read(place))
+    made = ParameterSite(comparison, NAME, finding, file)
+    return replace(made, finding=replace(finding, error=made.measure(comparison.candidate).error))
+
+
+def with_parameters(candidate: Candidate, parameters: Mapping[str, Any]) -> Candidate:
+    """The candidate with other values for some of its parameters."""
+    return replace(candidate, stored={**candidate.stored, **parameters})
+
+
+def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    if not np.isfinite(a).all():
+        return float("inf")
+    norm = float(np.square(b).sum()) ** 0.5
+    distance = float(np.square(a - b).sum()) ** 0.5
+    return distance / norm if norm else distance

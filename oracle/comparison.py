@@ -1,0 +1,41 @@
+"""What is compared with what: everything a rung, a diagnosis or a repair may look at."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oracle import probe
+from oracle.candidate import Candidate
+from oracle.compare import Judge
+from oracle.noise import Calibration
+from oracle.reference import Reference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything a rung may look at."""
+
+    candidate: Candidate
+    reference: Reference
+    export: Path | None
+    """The candidate as the product's exporter writes it; None for one that was changed since."""
+    source: Path | None
+    """The Hugging Face folder the weights came from, if it is known."""
+    calibration: Calibration
+    seed: int = 0
+
+    @property
+    def real_ids(self) -> int:
+        """Ids that mean something."""
+        return self.candidate.real_ids or self.candidate.config.vocab_size
+
+    def judge(self, rung: str) -> Judge:
+        """Limits of one rung."""
+        return Judge(rung, self.candidate.dtype, self.calibration)
+
+    def sequences(self) -> probe.Probe:
+        """Whole sequences to run both models on."""
+        return probe.sequences(self.candidate.config, self.real_ids, self.seed)
+
+    def decoding(self) -> probe.DecodeProbe:
+        """Prompts and forced ids."""
+        return probe.decoding(self.candidate.config, self.real_ids, self.seed + 1)

@@ -1,0 +1,171 @@
+"""Why a model differs: at each place where a difference begins, look for the change that undoes it.
+
+A cause is named only if a repair brings the difference down to the noise, measured on
+the reference's own inputs; then the repaired candidate goes on up the ladder, so that
+a second fault behind the first is found as well. What no repair undoes is `unknown`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import jax
+
+from oracle import ladder
+from oracle.candidate import Candidate, Unrunnable
+from oracle.comparison import Comparison
+from oracle.repairs.catalogue import REPAIRS
+from oracle.repairs.repair import Repair, Variant
+from oracle.results import UNKNOWN, Cause, Finding, Report, RungResult
+from oracle.rungs import bits
+from oracle.site import Site
+
+MOST_CAUSES = 8
+"""A model with more faults than that is not repaired one by one."""
+FALLS = 0.5
+"""A repair takes away at least half of the error: a limit that was barely exceeded proves nothing."""
+
+
+def bisect(
+    comparison: Comparison,
+    *,
+    everything: bool = False,
+    rungs: Sequence[str] = tuple(ladder.LADDER),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """`ladder.climb`, then the causes of what it found, one behind the other.
+
+    The verdict, rungs and first divergence are those of the candidate as it is.
+    """
+    report = ladder.climb(comparison, everything=everything, rungs=rungs, progress=progress)
+    causes: list[Cause] = []
+    now = report
+    while (rung := now.broken) is not None and len(causes) < MOST_CAUSES:
+        progress(f"diagnosis of {rung.name}")
+        with jax.default_matmul_precision("highest"):
+            cause, repaired = explain(comparison, rung)
+        if repaired is None:
+            causes.append(cause)
+            break
+        # A repaired candidate is no longer the one that was exported.
+        export = None if rung.name == bits.NAME else comparison.export
+        comparison = replace(comparison, candidate=repaired, export=export)
+        # Rungs below this one have passed, and no repair here can reach them.
+        above = list(ladder.LADDER)[list(ladder.LADDER).index(rung.name) :]
+        now = ladder.climb(comparison, rungs=[name for name in above if name in rungs], progress=progress)
+        causes.append(replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, now)))
+    return replace(report, causes=causes, repaired=now if causes and now is not report else None)
+
+
+def _still_broken(cause: Cause, report: Report) -> bool:
+    place = (cause.rung, cause.tap, cause.before.where)
+    return any(place == (rung.name, f.tap, f.where) for rung in report.rungs for f in rung.findings if not f.ok)
+
+
+# -- One place -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    repair: Repair
+    variant: Variant
+    after: Finding
+
+
+def explain(comparison: Comparison, rung: RungResult) -> tuple[Cause, Candidate | None]:
+    """The cause of a rung's first difference, and the candidate without it.
+
+    The candidate is None where neither a repair nor the reference's own values can
+    be put in place, so that nothing behind can be examined.
+    """
+    assert rung.first is not None
+    site = ladder.site(comparison, rung.name, rung.first)
+    attempts = list(_attempts(site, last_resort=False))
+    if not any(_undoes(attempt, site.finding) for attempt in attempts):
+        attempts += _attempts(site, last_resort=True)
+    found = [attempt for attempt in attempts if _undoes(attempt, site.finding)]
+    if not found:
+        return _unknown(comparison, rung, site, attempts)
+    best = found[0]
+    candidate, others = _everywhere(comparison, rung, best)
+    tied = dict.fromkeys(a.repair.cause for a in found if a.repair.cause != best.repair.cause)
+    cause = Cause(
+        name=best.repair.cause,
+        rung=rung.name,
+        tap=site.finding.tap,
+        change=best.variant.change,
+        advice=best.repair.advice,
+        before=site.finding,
+        after=best.after,
+        proved=False,
+        also_at=others,
+        tied=list(tied),
+        residual=site.residual(),
+    )
+    return cause, candidate
+
+
+def _attempts(site: Site, *, last_resort: bool) -> Iterator[_Attempt]:
+    for repair in REPAIRS:
+        if site.rung in repair.rungs and repair.last_resort == last_resort:
+            yield from _tried(repair, site)
+
+
+def _tried(repair: Repair, site: Site) -> Iterator[_Attempt]:
+    for variant in repair.variants(site):
+        # A change that does not fit this op is no explanation of it.
+        with suppress(Unrunnable):
+            yield _Attempt(repair, variant, site.measure(variant.candidate))
+
+
+def _undoes(attempt: _Attempt, before: Finding) -> bool:
+    after = attempt.after
+    return after.ok and (bool(before.problem) or after.error <= FALLS * before.error)
+
+
+def _unknown(
+    comparison: Comparison, rung: RungResult, site: Site, attempts: Sequence[_Attempt]
+) -> tuple[Cause, Candidate | None]:
+    """With the reference's own in place of every op or parameter of this kind that differs."""
+    nearest = sorted((a for a in attempts if not a.after.problem), key=lambda attempt: attempt.after.error)
+    names = dict.fromkeys(attempt.repair.cause for attempt in nearest)
+    candidate, others = site.substitute(), []
+    for finding in _alike(rung):
+        if candidate is not None:
+            candidate = ladder.site(replace(comparison, candidate=candidate), rung.name, finding).substitute()
+            others.append(finding.tap)
+    cause = Cause(
+        name=UNKNOWN,
+        rung=site.rung,
+        tap=site.finding.tap,
+        change="",
+        advice="",
+        before=site.finding,
+        after=site.finding,
+        proved=False,
+        also_at=others,
+        runners_up=list(names)[:3],
+        residual=site.residual(),
+    )
+    return cause, candidate
+
+
+def _alike(rung: RungResult) -> list[Finding]:
+    """The first of each further tap at which the op of the rung's first difference differs."""
+    assert rung.first is not None
+    broken = {f.tap: f for f in reversed(rung.findings) if not f.ok and f.op == rung.first.op}
+    return [broken[tap] for tap in reversed(broken) if tap != rung.first.tap]
+
+
+def _everywhere(comparison: Comparison, rung: RungResult, best: _Attempt) -> tuple[Candidate, list[str]]:
+    """The repair at every place of the rung that it helps, beginning with the first."""
+    candidate, others = best.variant.candidate, []
+    for finding in _alike(rung):
+        site = ladder.site(replace(comparison, candidate=candidate), rung.name, finding)
+        if site.measure(candidate).ok:
+            continue
+        helping = next((a for a in _tried(best.repair, site) if _undoes(a, finding)), None)
+        if helping is not None:
+            candidate = helping.variant.candidate
+            others.append(finding.tap)
+    return candidate, others

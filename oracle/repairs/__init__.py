@@ -1,0 +1,1 @@
+"""The changes that undo known causes of a difference, by what they change."""

@@ -1,0 +1,1 @@
+"""The answer in its forms: for a terminal, a browser, a CI job."""

@@ -1,0 +1,123 @@
+"""What a difference looks like: which positions, heads and dimensions, and of what kind.
+
+A cause that no repair undoes is reported as unknown, with this: often enough for a
+person to know ("only at positions 512 and later", "0.25 times the truth").
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from oracle import compare
+from oracle.results import Residual
+
+BINS = 64
+"""A longer axis is shown in so many bins."""
+CARRIES = 0.99
+"""Share of the squared error that the indices named by a sentence hold."""
+HEAD_TAPS = (*compare.HEADS_FIRST, *compare.CACHED)
+
+
+def axis_names(tap: str, ndim: int) -> tuple[str, ...]:
+    """What the axes of a tap, or of a parameter, are called."""
+    if tap.endswith(("kernel", "weight", "bias")):
+        matrix = ("id", "dimension") if "embed" in tap or tap.startswith("head") else ("input", "output")
+        return matrix if ndim == 2 else ("dimension",)
+    if tap.endswith(compare.QUERY_BY_SOURCE):
+        return "row", "head", "position", "source"
+    if tap.endswith(HEAD_TAPS):
+        return "row", "head", "position", "dimension"
+    return ("row", "position", "dimension")[:ndim] if ndim <= 3 else tuple(f"axis {i}" for i in range(ndim))
+
+
+def describe(tap: str, candidate: np.ndarray, truth: np.ndarray) -> Residual | None:
+    """The structure of candidate − truth, arrays of equal shape; None where there is no such thing."""
+    if candidate.shape != truth.shape or not candidate.size or not candidate.ndim:
+        return None
+    ours, true = candidate.astype(np.float64), truth.astype(np.float64)
+    hidden = (true <= compare.HIDDEN) & (ours <= compare.HIDDEN)
+    ours, true = np.where(hidden, 0.0, ours), np.where(hidden, 0.0, true)
+    finite = np.isfinite(ours) & np.isfinite(true)
+    error = np.where(finite, ours - true, 0.0)
+    names = axis_names(tap, ours.ndim)
+    energies = {name: _energy(error, axis) for axis, name in enumerate(names)}
+    scale, correlation = _scale(ours[finite], true[finite]), _correlation(ours[finite], true[finite])
+    sentences = [*_not_finite(finite), *_places(energies), *_kind(ours, true, finite, scale, correlation)]
+    profiles = {name: _binned(energy / (error.size / energy.size)) for name, energy in energies.items()}
+    return Residual(tuple(ours.shape), profiles, scale, correlation, sentences)
+
+
+def _energy(error: np.ndarray, axis: int) -> np.ndarray:
+    return np.square(error).sum(axis=tuple(i for i in range(error.ndim) if i != axis))
+
+
+def _binned(mean_squares: np.ndarray) -> list[float]:
+    parts = np.array_split(mean_squares, min(BINS, len(mean_squares)))
+    return [float(part.mean() ** 0.5) for part in parts]
+
+
+def _scale(ours: np.ndarray, true: np.ndarray) -> float:
+    norm = float(np.square(true).sum())
+    return float((ours * true).sum()) / norm if norm else 0.0
+
+
+def _correlation(ours: np.ndarray, true: np.ndarray) -> float:
+    if ours.size < 2:
+        return 0.0
+    a, b = ours - ours.mean(), true - true.mean()
+    norm = float(np.square(a).sum() * np.square(b).sum()) ** 0.5
+    return float((a * b).sum()) / norm if norm else 0.0
+
+
+# -- In words --------------------------------------------------------------------------
+
+
+def _not_finite(finite: np.ndarray) -> Iterator[str]:
+    if not finite.all():
+        yield f"{int((~finite).sum()):,} of {finite.size:,} values are NaN or infinite"
+
+
+def _places(energies: dict[str, np.ndarray]) -> Iterator[str]:
+    """Axes on which few indices hold nearly all of the error."""
+    for name, energy in energies.items():
+        total = float(energy.sum())
+        if len(energy) < 2 or not total:
+            continue
+        order = np.argsort(energy)[::-1]
+        needed = int(np.searchsorted(np.cumsum(energy[order]), CARRIES * total)) + 1
+        if needed <= max(1, len(energy) // 2) and needed < len(energy):
+            yield f"only in {_indices(name, sorted(int(i) for i in order[:needed]))} of {len(energy):,}"
+
+
+def _indices(name: str, indices: Sequence[int]) -> str:
+    if len(indices) == 1:
+        return f"{name} {indices[0]}"
+    first, last = indices[0], indices[-1]
+    if last - first + 1 == len(indices):
+        return f"{name}s {first}–{last}"
+    steps = set(np.diff(indices).tolist())
+    if len(steps) == 1:
+        return f"every {steps.pop()}th {name} from {first} to {last}"
+    shown = ", ".join(map(str, indices[:4]))
+    return f"{len(indices):,} {name}s ({shown}{', …' if len(indices) > 4 else ''})"
+
+
+def _kind(ours: np.ndarray, true: np.ndarray, finite: np.ndarray, scale: float, correlation: float) -> Iterator[str]:
+    """Is it a multiple, an offset, unrelated, or small everywhere?"""
+    a, b = ours[finite], true[finite]
+    error = float(np.square(a - b).sum()) ** 0.5
+    norm = float(np.square(b).sum()) ** 0.5
+    if not error or not norm:
+        return
+    if not np.any(a):
+        yield "the candidate is zero everywhere"
+    elif float(np.square(a - scale * b).sum()) ** 0.5 < 0.02 * error:
+        yield f"the candidate is {scale:.6g} times the truth"
+    elif float(np.square(a - b - (a - b).mean()).sum()) ** 0.5 < 0.02 * error:
+        yield f"the candidate is the truth plus {float((a - b).mean()):.6g}"
+    elif float(np.abs(np.sort(a) - np.sort(b)).max()) <= 1e-6 * float(np.abs(b).max()):
+        yield "the same values in another order"
+    elif abs(correlation) < 0.1:
+        yield f"unrelated to the truth (correlation {correlation:.2f})"
+    else:
+        yield f"relative error {error / norm:.2g}, correlation {correlation:.6f}"

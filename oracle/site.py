@@ -1,0 +1,45 @@
+"""The place where a difference begins, at which changed candidates can be measured again."""
+
+from dataclasses import dataclass, replace
+
+from oracle.candidate import Candidate
+from oracle.comparison import Comparison
+from oracle.results import Finding, Residual
+
+
+@dataclass(frozen=True)
+class Site:
+    """One broken finding of one rung. Rungs offer subclasses that measure it alone and fast."""
+
+    comparison: Comparison
+    rung: str
+    finding: Finding
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate as it is."""
+        return self.comparison.candidate
+
+    def measure(self, candidate: Candidate) -> Finding:
+        """The same comparison with another candidate: here, the first broken finding of the whole rung.
+
+        A finding that was broken counts as repaired only if nothing before it breaks.
+        """
+        from oracle.ladder import run_rung  # the ladder imports the rungs, which import this
+
+        result = run_rung(self.rung, replace(self.comparison, candidate=candidate))
+        keys = [(finding.tap, finding.op, finding.where) for finding in result.findings]
+        key = (self.finding.tap, self.finding.op, self.finding.where)
+        if key not in keys:
+            return replace(self.finding, problem="no longer compared")
+        at = keys.index(key)
+        broken_before = next((finding for finding in result.findings[:at] if not finding.ok), None)
+        return broken_before or result.findings[at]
+
+    def residual(self) -> Residual | None:
+        """What the difference looks like, where it is one of tensors."""
+        return None
+
+    def substitute(self) -> Candidate | None:
+        """The candidate with the reference's own at this place, to see what lies behind; None if there is no such."""
+        return None

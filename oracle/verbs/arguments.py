@@ -1,0 +1,62 @@
+"""What several verbs share: the checkpoint and its reference, files to write, and whether torch is there."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.errors import InputError
+
+
+def add_comparison(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, what to compare it with, and where the report goes."""
+    parser.add_argument("checkpoint", type=Path, help="a run folder or one of its steps")
+    parser.add_argument("--reference", type=Path, metavar="HF_DIR", help="the folder the weights came from")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    parser.add_argument("--all", action="store_true", help="go on after the first broken rung")
+    parser.add_argument("--seed", type=int, default=0, help="of the probe inputs")
+
+
+def check_comparison(arguments: argparse.Namespace) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        InputError: torch is missing, or an argument no comparison can use.
+    """
+    require_torch()
+    require_parent("--json", arguments.json)
+    if arguments.seed < 0:
+        raise InputError(f"--seed must be ≥ 0, got {arguments.seed}")
+
+
+def require_torch() -> None:
+    """Raises InputError, saying what to install, where there is no torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("the oracle needs torch: pip install jaxgpt[oracle]")
+
+
+def require_parent(option: str, path: Path | None) -> None:
+    """Raises InputError where a file to be written has no folder to be in."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{option}: the folder {path.parent} does not exist; create it first")
+
+
+def progress(name: str) -> None:
+    """Show on a terminal what is being done; nothing once it is over."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{name} …" if name else "\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """See `write_text`."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

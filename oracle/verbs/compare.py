@@ -1,0 +1,40 @@
+"""`compare`: the ladder, once."""
+
+import argparse
+from typing import Any
+
+from oracle.verbs import arguments as shared
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    parser: argparse.ArgumentParser = verbs.add_parser("compare", help="compare a checkpoint with the reference")
+    shared.add_comparison(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry it out; the exit code."""
+    shared.check_comparison(arguments)
+    return carry_out(arguments, diagnose=False)
+
+
+def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
+    """Compare, and look for the cause if asked to; print and write the report."""
+    from oracle import noise, subject
+    from oracle.reports import terminal
+
+    answer = subject.compare(
+        arguments.checkpoint,
+        arguments.reference,
+        arguments.dtype,
+        noise.stored_calibration(),
+        everything=arguments.all,
+        seed=arguments.seed,
+        diagnose=diagnose,
+        progress=shared.progress,
+    )
+    if arguments.json is not None:
+        shared.write_json(arguments.json, answer.to_dict())
+    print("\n".join(terminal.lines(answer)))
+    return terminal.exit_code(answer)
