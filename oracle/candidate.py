@@ -103,6 +103,10 @@ class Candidate:
         """A cache with room for `slots` tokens a row."""
         return kv.empty(self.config, batch, kv.bucket(slots), self.dtype)
 
+    def grown_cache(self, cache: KVCache, slots: int) -> KVCache:
+        """The cache with room for `slots` tokens a row, as generation makes it grow."""
+        return kv.grown(cache, kv.bucket(slots))
+
     def advance(self, ids: np.ndarray, counts: np.ndarray, cache: KVCache) -> tuple[dict[str, jax.Array], KVCache]:
         """All taps of one cached forward, and the cache after it.
 

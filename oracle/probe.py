@@ -19,6 +19,10 @@ SMALL = 256
 """Up to this many positions a second row, and decoding to the context's edge, are affordable."""
 STEPS = 12
 """Cached decode steps that are compared tap by tap in a small model; a large one takes a quarter."""
+EDGE = 64
+"""The cache's first bucket: the next token makes it grow."""
+MANY, FEW = 32, 3
+"""Prompts that a small, and a large, model continues greedily."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,27 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class DecodeProbe:
-    """Prompts of unequal length and what is forced after them."""
+class Forced:
+    """Prompts of unequal length and the ids that both sides are fed after the prefill."""
 
     prompts: Sequence[Sequence[int]]
-    forced: np.ndarray
-    """(steps, B): the ids that both sides are fed after the prefill."""
+    ids: np.ndarray
+    """(steps, B)"""
+    label: str = ""
+    """What these prompts are there for, where there are several probes."""
+
+
+@dataclass(frozen=True)
+class DecodeProbe:
+    """What cached decoding is tried on."""
+
+    forced: Sequence[Forced]
+    prompts: Sequence[Sequence[int]]
+    """To be continued greedily."""
     new_tokens: Sequence[int]
-    """Greedy tokens of each prompt."""
+    """How many tokens for each of `prompts`."""
     reaches_edge: bool
-    """The longest row ends at the last position of the context."""
+    """Forced and greedy tokens go on to the last position of the context."""
 
 
 def sequences(config: ModelConfig, real_ids: int, seed: int = 0) -> Probe:
@@ -60,14 +75,22 @@ def sequences(config: ModelConfig, real_ids: int, seed: int = 0) -> Probe:
 
 
 def decoding(config: ModelConfig, real_ids: int, seed: int = 1) -> DecodeProbe:
-    """Three prompts, the longest of which a small model decodes to the last position."""
+    """Ragged prompts; in a small model forced over a bucket edge and to the context's last position."""
     limit = config.max_position_embeddings
     small = limit <= SMALL
-    steps = min(STEPS if small else STEPS // 4, max(1, limit // 4))
-    longest = limit - steps if small else 64
-    lengths = [min(5, longest), longest, max(1, longest // 3)]
     rng = np.random.default_rng(seed)
+    steps = min(STEPS if small else STEPS // 4, max(1, limit // 4))
+    forced = [_forced(rng, real_ids, limit - steps if small else 64, steps)]
+    if small and limit >= EDGE + 2:
+        forced.append(_forced(rng, real_ids, EDGE - 2, 4, "bucket edge"))
+    count = MANY if small else FEW
+    lengths = [1 + (7 * row) % max(1, limit // 2) for row in range(count)]
     prompts = [rng.integers(0, real_ids, length).tolist() for length in lengths]
-    forced = rng.integers(0, real_ids, (steps, len(prompts)), dtype=np.int32)
-    greedy = 64 if small else 32
-    return DecodeProbe(prompts, forced, [min(greedy, limit - length) for length in lengths], reaches_edge=small)
+    greedy = limit if small else 32
+    return DecodeProbe(forced, prompts, [min(greedy, limit - length) for length in lengths], reaches_edge=small)
+
+
+def _forced(rng: np.random.Generator, real_ids: int, longest: int, steps: int, label: str = "") -> Forced:
+    lengths = [min(5, longest), longest, max(1, longest // 3)]
+    prompts = [rng.integers(0, real_ids, length).tolist() for length in lengths]
+    return Forced(prompts, rng.integers(0, real_ids, (steps, len(prompts)), dtype=np.int32), label)

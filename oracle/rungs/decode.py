@@ -8,6 +8,8 @@ logits: such a step is counted as a tie, and later steps are judged on the ids t
 candidate chose.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,36 +19,38 @@ from jaxgpt.taps import Op, Wiring, ops
 from oracle import noise
 from oracle.candidate import Candidate, Unrunnable, right_padded
 from oracle.compare import Judge, Window
-from oracle.probe import DecodeProbe
+from oracle.probe import DecodeProbe, Forced
 from oracle.reference import Model, Reference, to_numpy
-from oracle.results import Finding, RungResult
+from oracle.results import Finding, RungResult, Token
 
 NAME = "decode"
 
 
 def run(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> RungResult:
     """One finding per tap and step in execution order, then one per prompt's greedy tokens."""
-    findings = _forced(candidate, reference, probe, judge)
-    greedy, summary = _greedy(candidate, reference, probe, judge)
-    steps = len(probe.forced)
+    findings = [f for forced in probe.forced for f in forced_findings(candidate, reference, forced, judge)]
+    greedy, tokens, summary = _greedy(candidate, reference, probe, judge)
+    steps = sum(len(forced.ids) for forced in probe.forced)
     edge = ", to the context's edge" if probe.reaches_edge else ""
-    return RungResult(NAME, [*findings, *greedy], f"prefill and {steps} forced steps{edge}; {summary}")
+    return RungResult(NAME, [*findings, *greedy], f"{steps} forced steps{edge}; {summary}", tokens=tokens)
 
 
 # -- Forced steps ----------------------------------------------------------------------
 
 
-def _forced(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> list[Finding]:
-    lengths = np.array([len(prompt) for prompt in probe.prompts], np.int32)
-    cache = candidate.empty_cache(len(lengths), int(lengths.max()) + len(probe.forced))
+def forced_findings(candidate: Candidate, reference: Reference, forced: Forced, judge: Judge) -> list[Finding]:
+    """One finding per tap and step. The cache begins with the prompt's bucket and grows as generation's does."""
+    lengths = np.array([len(prompt) for prompt in forced.prompts], np.int32)
+    cache = candidate.empty_cache(len(lengths), int(lengths.max()))
     sides = _Sides(candidate, judge, lengths, reference.truth, reference.peer)
     findings: list[Finding] = []
-    ids, counts = right_padded(probe.prompts), lengths
-    for step in range(len(probe.forced) + 1):
+    ids, counts = right_padded(forced.prompts), lengths
+    for step in range(len(forced.ids) + 1):
+        cache = candidate.grown_cache(cache, int(lengths.max()) + step)
         taps, cache = candidate.advance(ids, counts, cache)
-        findings += sides.compare(taps, step, probe)
-        if step < len(probe.forced):
-            ids, counts = probe.forced[step][:, None], np.ones_like(lengths)
+        findings += sides.compare(taps, step, forced)
+        if step < len(forced.ids):
+            ids, counts = forced.ids[step][:, None], np.ones_like(lengths)
     return findings
 
 
@@ -60,11 +64,11 @@ class _Sides:
         self.models = (truth, peer)
         self.pasts: list[Any] = [None, None]
 
-    def compare(self, taps: dict[str, Any], step: int, probe: DecodeProbe) -> list[Finding]:
+    def compare(self, taps: dict[str, Any], step: int, forced: Forced) -> list[Finding]:
         """All taps of one forward on the real tokens."""
-        where = f"step {step}" if step else "prefill"
+        where = ", ".join(filter(None, (forced.label, f"step {step}" if step else "prefill")))
         ours, theirs = self._windows(step)
-        truth, peer = self._advance(step, probe)
+        truth, peer = self._advance(step, forced)
         findings: list[Finding] = []
         allowed: list[np.ndarray] | None = None
         for op in self.ops:
@@ -99,15 +103,15 @@ class _Sides:
             return Window(one, sources[0]), Window(one, sources[1])
         return Window(sources[0], sources[0]), Window(sources[1], sources[1])
 
-    def _advance(self, step: int, probe: DecodeProbe) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _advance(self, step: int, forced: Forced) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         width = int(self.lengths.max())
         pads = width - self.lengths
         if step:
-            ids, positions = probe.forced[step - 1][:, None], (self.lengths + step - 1)[:, None]
+            ids, positions = forced.ids[step - 1][:, None], (self.lengths + step - 1)[:, None]
             real = np.ones_like(ids, bool)
         else:
             real = np.arange(width)[None] >= pads[:, None]
-            rows = zip(pads, probe.prompts, strict=True)
+            rows = zip(pads, forced.prompts, strict=True)
             ids = np.array([[*[0] * int(pad), *prompt] for pad, prompt in rows])
             positions = np.maximum(np.arange(width)[None] - pads[:, None], 0)
         sides: list[dict[str, np.ndarray]] = []
@@ -124,33 +128,37 @@ class _Sides:
 class _Choices:
     """What became of one prompt's greedy tokens."""
 
-    exact: int
-    ties: int
+    tokens: Sequence[Token]
     wrong: str
     padded_rows: int
     """Steps at which a padded row of the vocabulary had the largest logit."""
 
 
-def _greedy(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> tuple[list[Finding], str]:
+def _greedy(
+    candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge
+) -> tuple[list[Finding], list[Token], str]:
     try:
         generated = candidate.greedy(probe.prompts, probe.new_tokens)
     except Unrunnable as error:
-        return [Finding("logits", "greedy", ok=False, where="greedy", problem=str(error))], "no greedy tokens"
+        return [Finding("logits", "greedy", ok=False, where="greedy", problem=str(error))], [], "no greedy tokens"
     choices = [
-        _judged(candidate, reference, judge, list(prompt), new)
-        for prompt, new in zip(probe.prompts, generated, strict=True)
+        _judged(candidate, reference, judge, row, list(prompt), new)
+        for row, (prompt, new) in enumerate(zip(probe.prompts, generated, strict=True))
     ]
     findings = [
         Finding("logits", "greedy", ok=not c.wrong, where=f"greedy, prompt {row}", problem=c.wrong)
         for row, c in enumerate(choices)
     ]
-    exact, ties = sum(c.exact for c in choices), sum(c.ties for c in choices)
-    summary = f"{exact} of {sum(map(len, generated))} greedy tokens exact, {ties} certified ties"
+    tokens = [token for c in choices for token in c.tokens]
+    outcomes = Counter(token.outcome for token in tokens)
+    summary = f"{outcomes['exact']:,} of {len(tokens):,} greedy tokens exact, {outcomes['tie']:,} certified ties"
     won = sum(c.padded_rows for c in choices)
-    return findings, summary + (f"; a padded vocabulary row would have won {won} times" if won else "")
+    return findings, tokens, summary + (f"; a padded vocabulary row would have won {won} times" if won else "")
 
 
-def _judged(candidate: Candidate, reference: Reference, judge: Judge, prompt: list[int], new: list[int]) -> _Choices:
+def _judged(
+    candidate: Candidate, reference: Reference, judge: Judge, row: int, prompt: list[int], new: list[int]
+) -> _Choices:
     """Truth's logits, given what the candidate wrote so far, judge each of its choices."""
     ids = np.array([[*prompt, *new[:-1]]])
     last = slice(len(prompt) - 1, None)
@@ -162,14 +170,17 @@ def _judged(candidate: Candidate, reference: Reference, judge: Judge, prompt: li
     rounding = np.maximum(np.abs(peer - truth).max(-1), noise.EPSILON[judge.dtype] * scale)
     # Either logit of a pair may be off by the noise limit.
     tolerance = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1] * rounding
-    beyond = np.flatnonzero(margins > tolerance)
-    wrong = ""
-    if beyond.size:
-        at = int(beyond[0])
-        wrong = (
-            f"greedy token {at} is {new[at]}, the reference's is {int(real[at].argmax())}; "
-            f"its margin of {margins[at]:.2g} is outside the noise of {tolerance[at]:.2g}"
-        )
-    exact = int((margins == 0).sum())
+    expected = real.argmax(-1)
+    tokens = [
+        Token(row, step, id, int(expected[step]), float(margins[step]), float(tolerance[step]))
+        for step, id in enumerate(new)
+    ]
     padded = int((truth.argmax(-1) >= real.shape[-1]).sum())
-    return _Choices(exact, len(new) - exact - int(beyond.size), wrong, padded)
+    return _Choices(tokens, next((_wrong(token) for token in tokens if token.outcome == "wrong"), ""), padded)
+
+
+def _wrong(token: Token) -> str:
+    return (
+        f"greedy token {token.step} is {token.chosen}, the reference's is {token.expected}; "
+        f"its margin of {token.margin:.2g} is outside the noise of {token.noise:.2g}"
+    )
