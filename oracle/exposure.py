@@ -80,6 +80,6 @@ def _by_config(config: ModelConfig) -> dict[str, str]:
         "GQA repeat against tile": 1 < config.num_key_value_heads < config.num_attention_heads,
         "gate and up swapped": config.gated_mlp,
         "positions beyond 512": config.max_position_embeddings > 512,
-        "end of the context": config.max_position_embeddings <= probe.SMALL,
+        "end of the context": probe.is_cheap(config),
     }
     return {name: reason for name, reason in _CONFIG_CLASSES.items() if not shown[name]}

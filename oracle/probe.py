@@ -16,7 +16,9 @@ from jaxgpt.config import ModelConfig
 LONG = 528
 """Positions of the long row: beyond 512."""
 SMALL = 256
-"""Up to this many positions a second row, and decoding to the context's edge, are affordable."""
+"""Up to this many positions a second row is affordable."""
+CHEAP = 1 << 18
+"""Layers times width times context of a model that is affordable to decode to the context's edge."""
 STEPS = 12
 """Cached decode steps that are compared tap by tap in a small model; a large one takes a quarter."""
 EDGE = 64
@@ -74,10 +76,15 @@ def sequences(config: ModelConfig, real_ids: int, seed: int = 0) -> Probe:
     return Probe(ids, positions, segments)
 
 
+def is_cheap(config: ModelConfig) -> bool:
+    """Decoding goes to the last position of the context."""
+    return config.num_hidden_layers * config.hidden_size * config.max_position_embeddings <= CHEAP
+
+
 def decoding(config: ModelConfig, real_ids: int, seed: int = 1) -> DecodeProbe:
     """Ragged prompts; in a small model forced over a bucket edge and to the context's last position."""
     limit = config.max_position_embeddings
-    small = limit <= SMALL
+    small = is_cheap(config)
     rng = np.random.default_rng(seed)
     steps = min(STEPS if small else STEPS // 4, max(1, limit // 4))
     forced = [_forced(rng, real_ids, limit - steps if small else 64, steps)]

@@ -78,18 +78,21 @@ class Token:
     expected: int
     """The truth's most likely id."""
     margin: float
+    """How far the truth's second choice lies below its first: what rounding would have to turn round."""
+    deficit: float
     """How far the truth puts the chosen id below its own choice; 0 where they are the same."""
     noise: float
-    """A margin up to here is within what rounding may turn round."""
+    """A deficit up to here is within what rounding may turn round."""
 
     @property
     def outcome(self) -> Literal["exact", "tie", "wrong"]:
         """A tie is a difference inside the noise."""
-        return "exact" if self.margin == 0 else "tie" if self.margin <= self.noise else "wrong"
+        return "exact" if self.deficit == 0 else "tie" if self.deficit <= self.noise else "wrong"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"outcome": self.outcome, "margin": _number(self.margin), "noise": _number(self.noise)}
+        numbers = {"margin": self.margin, "deficit": self.deficit, "noise": self.noise}
+        return asdict(self) | {"outcome": self.outcome} | {name: _number(value) for name, value in numbers.items()}
 
 
 @dataclass(frozen=True)

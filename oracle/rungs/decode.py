@@ -8,6 +8,7 @@ logits: such a step is counted as a tie, and later steps are judged on the ids t
 candidate chose.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from oracle.reference import Model, Reference, to_numpy
 from oracle.results import Finding, RungResult, Token
 
 NAME = "decode"
+SHOWN = 200
+"""Greedy choices that a report keeps."""
 
 
 def run(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> RungResult:
@@ -153,7 +156,19 @@ def _greedy(
     outcomes = Counter(token.outcome for token in tokens)
     summary = f"{outcomes['exact']:,} of {len(tokens):,} greedy tokens exact, {outcomes['tie']:,} certified ties"
     won = sum(c.padded_rows for c in choices)
-    return findings, tokens, summary + (f"; a padded vocabulary row would have won {won} times" if won else "")
+    return (
+        findings,
+        _closest(tokens),
+        summary + (f"; a padded vocabulary row would have won {won} times" if won else ""),
+    )
+
+
+def _closest(tokens: list[Token]) -> list[Token]:
+    """The choices that were hardest to make, in their order; wrong ones first of all."""
+    hardest = sorted(
+        tokens, key=lambda token: (token.outcome != "wrong", token.margin / max(token.noise, sys.float_info.min))
+    )[:SHOWN]
+    return sorted(hardest, key=lambda token: (token.prompt, token.step))
 
 
 def _judged(
@@ -165,14 +180,21 @@ def _judged(
     truth = reference.truth.logits(ids)[0, last]
     peer = reference.peer.logits(ids)[0, last].astype(np.float64)
     real = truth[:, : candidate.real_ids]
-    margins = real.max(-1) - real[np.arange(len(new)), new]
+    second, best = np.partition(real, -2, axis=-1)[:, -2:].T
+    deficits = best - real[np.arange(len(new)), new]
     scale = np.abs(truth).max(-1)
     rounding = np.maximum(np.abs(peer - truth).max(-1), noise.EPSILON[judge.dtype] * scale)
     # Either logit of a pair may be off by the noise limit.
     tolerance = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1] * rounding
     expected = real.argmax(-1)
     tokens = [
-        Token(row, step, id, int(expected[step]), float(margins[step]), float(tolerance[step]))
+        Token(
+            row,
+            step,
+            id,
+            int(expected[step]),
+            *map(float, (best[step] - second[step], deficits[step], tolerance[step])),
+        )
         for step, id in enumerate(new)
     ]
     padded = int((truth.argmax(-1) >= real.shape[-1]).sum())
@@ -182,5 +204,5 @@ def _judged(
 def _wrong(token: Token) -> str:
     return (
         f"greedy token {token.step} is {token.chosen}, the reference's is {token.expected}; "
-        f"its margin of {token.margin:.2g} is outside the noise of {token.noise:.2g}"
+        f"its deficit of {token.deficit:.2g} is outside the noise of {token.noise:.2g}"
     )
