@@ -41,7 +41,7 @@ class Finding:
     def layer(self) -> int | None:
         """The layer's number, None outside the layers."""
         parts = self.tap.split(".")
-        return int(parts[1]) if parts[0] == "layers" else None
+        return int(parts[1]) if parts[0] == "layers" and parts[1:2] and parts[1].isdecimal() else None
 
     @property
     def noise(self) -> float:
@@ -158,6 +158,8 @@ class Cause:
             "noise_before": _number(self.before.noise),
             "noise_after": _number(self.after.noise),
             "problem_before": self.before.problem,
+            "where": self.before.where,
+            "threshold": [_number(limit) for limit in self.before.threshold],
             "proved": self.proved,
             "also_at": list(self.also_at),
             "tied": list(self.tied),
