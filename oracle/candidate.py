@@ -22,6 +22,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, OpFunction
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.taps import Op, Wiring, ops
+from oracle.text import Text
 
 ForwardPass = Callable[..., model.Output]
 """Signature of `jaxgpt.model.forward`."""
@@ -58,6 +59,8 @@ class Candidate:
     """One cached forward: prefill, or a decode step."""
     real_ids: int | None = None
     """Ids from here on are padding of the vocabulary; None if all are real."""
+    text: Text | None = None
+    """Tokenizer and template; None for a model of ids only."""
 
     @cached_property
     def params(self) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import Reference
 from oracle.results import Report
+from oracle.text import Text
 
 
 def candidate(directory: Path, dtype: str) -> Candidate:
@@ -30,7 +31,7 @@ def _candidate(loaded: Checkpoint, dtype: str) -> Candidate:
     real_ids = loaded.tokenizer.vocab_size if loaded.tokenizer else None
     # On the device once, so that the compute dtype's copy is none where it is the stored one.
     stored = {name: jnp.asarray(array) for name, array in loaded.params.items()}
-    return Candidate(loaded.config, stored, dtype, real_ids=real_ids)
+    return Candidate(loaded.config, stored, dtype, real_ids=real_ids, text=Text.of(loaded))
 
 
 def compare(
