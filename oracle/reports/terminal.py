@@ -1,11 +1,14 @@
-"""The answer for people: a verdict in words and a compact table of rungs."""
+"""The answer for people: a verdict in words, a compact table of rungs, the causes with their proofs."""
 
 from collections.abc import Iterator
 
-from oracle.results import Finding, Report, RungResult
+from oracle.reports import wording
+from oracle.results import UNKNOWN, Cause, Finding, Report, RungResult
 
 PASS, FAIL, INCONCLUSIVE = 0, 1, 3
 """Exit codes of a comparison that was carried out."""
+SHOWN = 3
+"""Names in a list before it says how many more there are."""
 
 
 def exit_code(report: Report) -> int:
@@ -16,7 +19,7 @@ def exit_code(report: Report) -> int:
 def verdict(report: Report) -> str:
     """The answer in one or two sentences."""
     if report.verdict == "pass":
-        kl = next((f.error for rung in report.rungs for f in rung.findings if f.op == "kl"), None)
+        kl = wording.kl(report)
         detail = "" if kl is None else f" Max KL per token {kl:.1e} nats."
         return f"PASS. No difference beyond measured noise in {_listed(report)}.{detail}"
     if report.verdict == "inconclusive":
@@ -25,7 +28,7 @@ def verdict(report: Report) -> str:
     rung = report.broken
     assert rung is not None
     assert rung.first is not None
-    return f"FAIL. First divergence: {_place(rung, rung.first)}. {_size(rung, rung.first)}"
+    return f"FAIL. First divergence: {_place(rung, rung.first)}. {wording.size(rung.name, rung.first)}"
 
 
 def _listed(report: Report) -> str:
@@ -34,26 +37,18 @@ def _listed(report: Report) -> str:
 
 def _place(rung: RungResult, found: Finding) -> str:
     where = f" ({found.where})" if found.where else ""
-    if rung.name == "bits":
-        return f"{found.tap}.{found.op}, a parameter{where}"
-    if rung.name == "operators":
-        return f"{found.tap}, op {found.op}{where} (its inputs are clean)"
-    return f"{found.tap}, op {found.op}{where}"
-
-
-def _size(rung: RungResult, found: Finding) -> str:
-    if found.problem:
-        return f"{found.problem[0].upper()}{found.problem[1:]}."
-    kind = "Local error" if rung.name == "operators" else "Error"
-    name, ratio = ("aggregate", found.aggregate) if found.aggregate >= found.worst else ("worst position", found.worst)
-    limit = found.threshold[0 if name == "aggregate" else 1]
-    return f"{kind} {found.error:.2g}, {ratio:.2g} times the noise ({name}; limit {limit:.2g})."
+    place = wording.place(rung.name, found)
+    if place != found.tap:
+        return f"{place}, a parameter{where}" if found.op else f"{place}{where}"
+    clean = " (its inputs are clean)" if rung.name == "operators" else ""
+    return f"{place}, op {found.op}{where}{clean}"
 
 
 def lines(report: Report) -> Iterator[str]:
     """The whole report as text."""
     yield verdict(report)
     yield ""
+    yield from causes(report)
     for rung in report.rungs:
         yield f"  {rung.name:<12} {rung.verdict:<12} {rung.seconds:6.1f} s  {rung.summary}"
     yield ""
@@ -73,6 +68,36 @@ def _further(report: Report) -> Iterator[str]:
     others = [finding for finding in rung.findings if not finding.ok][1:]
     shown = dict.fromkeys(f"{other.tap} {other.where}".strip() for other in others)
     if shown:
-        names = list(shown)
-        more = f" (+{len(names) - 3} more)" if len(names) > 3 else ""
-        yield f"Also beyond noise in this rung: {', '.join(names[:3])}{more}."
+        yield f"Also beyond noise in this rung: {wording.first(list(shown), SHOWN)}."
+
+
+# -- Causes ----------------------------------------------------------------------------
+
+
+def causes(report: Report) -> Iterator[str]:
+    """Each cause with its proof and what to change, then what became of the repaired model."""
+    for number, cause in enumerate(report.causes, start=1):
+        label = "Cause" if number == 1 else f"Cause {number}, behind it"
+        standing = "" if cause.name == UNKNOWN else f" ({wording.standing(cause)})"
+        yield f"{label}: {cause.name}, at {wording.origin(report, cause)}{standing}."
+        yield from (f"  {line}" for line in _explained(cause))
+    if report.repaired is not None:
+        yield f"{wording.repaired(report)}: {verdict(report.repaired)}"
+    if report.causes:
+        yield ""
+
+
+def _explained(cause: Cause) -> Iterator[str]:
+    yield wording.proof(cause)
+    if cause.tied:
+        yield f"Tied with: {'; '.join(cause.tied)}."
+    if wording.reservation(cause):
+        yield wording.reservation(cause)
+    if cause.advice:
+        yield f"Change: {cause.advice}."
+    if cause.name == UNKNOWN and cause.residual is not None and cause.residual.sentences:
+        yield f"The difference: {'; '.join(cause.residual.sentences)}."
+    if cause.runners_up:
+        yield f"Nearest to undoing it: {'; '.join(cause.runners_up)}."
+    if cause.also_at:
+        yield f"The same at: {wording.first(cause.also_at, SHOWN)}."

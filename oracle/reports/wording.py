@@ -1,0 +1,82 @@
+"""What every form of the answer says in the same words: how large, what the cause is, how it was proved."""
+
+from collections.abc import Sequence
+
+from oracle.results import UNKNOWN, Cause, Finding, Report
+
+
+def kl(report: Report) -> float | None:
+    """The largest KL per token in nats, where it was measured."""
+    return next((f.error for rung in report.rungs for f in rung.findings if f.op == "kl"), None)
+
+
+def size(rung: str, found: Finding) -> str:
+    """How large a difference is, against its limit, or what is wrong instead."""
+    if found.problem:
+        return sentence(found.problem)
+    kind = "Local error" if rung == "operators" else "Error"
+    name, ratio = ("aggregate", found.aggregate) if found.aggregate >= found.worst else ("worst position", found.worst)
+    limit = found.threshold[0 if name == "aggregate" else 1]
+    return f"{kind} {found.error:.2g}, {ratio:.2g} times the noise ({name}; limit {limit:.2g})."
+
+
+def sentence(text: str) -> str:
+    """With a capital first and a full stop last."""
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "…", "!", "?")) else ".")
+
+
+def place(rung: str, found: Finding) -> str:
+    """The tap, or the parameter by its whole name."""
+    if rung == "bits" or (rung != "operators" and found.op in ("kernel", "weight", "bias")):
+        return f"{found.tap}.{found.op}".strip(".")
+    return found.tap or f"the rung {rung}"
+
+
+def origin(report: Report, cause: Cause) -> str:
+    """Where a cause's difference began; a parameter by its whole name where the report still has it."""
+    broken = (f for rung in report.rungs if rung.name == cause.rung for f in rung.findings if not f.ok)
+    found = next((f for f in broken if f.tap == cause.tap), cause.before)
+    return place(cause.rung, found)
+
+
+def proof(cause: Cause) -> str:
+    """What the repair did to the error, in one sentence."""
+    before, after = cause.before, cause.after
+    if cause.name == UNKNOWN:
+        return "No known repair undoes it."
+    if before.problem and not before.aggregate and (before.error in (0.0, float("inf")) or after.error == before.error):
+        return sentence(f"{cause.change} this is gone: {before.problem}")
+    falls = f"{cause.change} the error falls from {before.error:.2g} to {after.error:.2g}"
+    if before.noise:
+        falls += f", from {before.noise:.2g} to {after.noise:.2g} times the noise"
+    return sentence(falls)
+
+
+def standing(cause: Cause) -> str:
+    """How sure the name is: `proved`, `not proved`, `tied` or `unknown`."""
+    if cause.name == UNKNOWN:
+        return UNKNOWN
+    if cause.tied:
+        return "tied"
+    return "proved" if cause.proved else "not proved"
+
+
+def reservation(cause: Cause) -> str:
+    """What keeps the name from being certain, or nothing."""
+    return {
+        "tied": "Other repairs undo it as well; which of them it is, this run cannot tell.",
+        "not proved": "Not proved: with the repair in place, the whole model still differs here.",
+    }.get(standing(cause), "")
+
+
+def repaired(report: Report) -> str:
+    """Under which condition the rungs of `Report.repaired` were climbed."""
+    if any(cause.name == UNKNOWN for cause in report.causes):
+        return "With the reference's own in place of what is unknown"
+    return "With the repair" if len(report.causes) == 1 else f"With these {len(report.causes)} repairs"
+
+
+def first(names: Sequence[str], shown: int) -> str:
+    """`a, b (+3 more)`."""
+    more = f" (+{len(names) - shown} more)" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
