@@ -58,8 +58,8 @@ def bisect(
 
 
 def _still_broken(cause: Cause, report: Report) -> bool:
-    place = (cause.rung, cause.tap, cause.before.where)
-    return any(place == (rung.name, f.tap, f.where) for rung in report.rungs for f in rung.findings if not f.ok)
+    place = (cause.rung, cause.tap, cause.before.op, cause.before.where)
+    return any(place == (rung.name, f.tap, f.op, f.where) for rung in report.rungs for f in rung.findings if not f.ok)
 
 
 # -- One place -------------------------------------------------------------------------
@@ -94,15 +94,21 @@ def explain(comparison: Comparison, rung: RungResult) -> tuple[Cause, Candidate 
         rung=rung.name,
         tap=site.finding.tap,
         change=best.variant.change,
-        advice=best.repair.advice,
+        advice=best.variant.advice or best.repair.advice,
         before=site.finding,
         after=best.after,
         proved=False,
-        also_at=others,
+        also_at=_elsewhere(others, site),
         tied=list(tied),
         residual=site.residual(),
     )
-    return cause, candidate
+    return cause, _goes_on(comparison, site, candidate)
+
+
+def _goes_on(comparison: Comparison, site: Site, repaired: Candidate | None) -> Candidate | None:
+    """What the ladder is climbed with after a cause: a wrong export of a right candidate is no reason to change it."""
+    export_alone = site.rung == bits.NAME and site.finding.where == "export" and comparison.source is not None
+    return comparison.candidate if export_alone else repaired
 
 
 def _attempts(site: Site, *, last_resort: bool) -> Iterator[_Attempt]:
@@ -132,7 +138,10 @@ def _unknown(
     candidate, others = site.substitute(), []
     for finding in _alike(rung):
         if candidate is not None:
-            candidate = ladder.site(replace(comparison, candidate=candidate), rung.name, finding).substitute()
+            further = ladder.site(replace(comparison, candidate=candidate), rung.name, finding)
+            if rung.name == bits.NAME and _has_a_name(further):
+                continue
+            candidate = further.substitute()
             others.append(finding.tap)
     cause = Cause(
         name=UNKNOWN,
@@ -143,18 +152,33 @@ def _unknown(
         before=site.finding,
         after=site.finding,
         proved=False,
-        also_at=others,
+        also_at=_elsewhere(others, site),
         runners_up=list(names)[:3],
         residual=site.residual(),
     )
-    return cause, candidate
+    return cause, _goes_on(comparison, site, candidate)
+
+
+def _has_a_name(site: Site) -> bool:
+    return any(
+        _undoes(a, site.finding) for last_resort in (False, True) for a in _attempts(site, last_resort=last_resort)
+    )
 
 
 def _alike(rung: RungResult) -> list[Finding]:
-    """The first of each further tap at which the op of the rung's first difference differs."""
-    assert rung.first is not None
-    broken = {f.tap: f for f in reversed(rung.findings) if not f.ok and f.op == rung.first.op}
-    return [broken[tap] for tap in reversed(broken) if tap != rung.first.tap]
+    """The first of each further tap at which the op of the rung's first difference differs.
+
+    A wrong parameter may have any leaf: what swaps two layers swaps kernels, biases and norms.
+    """
+    first = rung.first
+    assert first is not None
+    same = [f for f in rung.findings if not f.ok and (f.op == first.op or rung.name == bits.NAME)]
+    broken = {(f.tap, f.op): f for f in reversed(same)}
+    return [broken[place] for place in reversed(broken) if place != (first.tap, first.op)]
+
+
+def _elsewhere(taps: Sequence[str], site: Site) -> list[str]:
+    return [tap for tap in dict.fromkeys(taps) if tap != site.finding.tap]
 
 
 def _everywhere(comparison: Comparison, rung: RungResult, best: _Attempt) -> tuple[Candidate, list[str]]:
@@ -163,6 +187,7 @@ def _everywhere(comparison: Comparison, rung: RungResult, best: _Attempt) -> tup
     for finding in _alike(rung):
         site = ladder.site(replace(comparison, candidate=candidate), rung.name, finding)
         if site.measure(candidate).ok:
+            others.append(finding.tap)
             continue
         helping = next((a for a in _tried(best.repair, site) if _undoes(a, finding)), None)
         if helping is not None:

@@ -1,10 +1,14 @@
 """The place where a difference begins, at which changed candidates can be measured again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.results import Finding, Residual
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,13 @@ class Site:
     def candidate(self) -> Candidate:
         """The candidate as it is."""
         return self.comparison.candidate
+
+    def once(self, work: Callable[[Any], Found]) -> Found:
+        """A function of this site, computed when it is first asked for: several repairs look at the same thing."""
+        known = self.__dict__.setdefault("_known", {})
+        if work not in known:
+            known[work] = work(self)
+        return known[work]
 
     def measure(self, candidate: Candidate) -> Finding:
         """The same comparison with another candidate: here, the first broken finding of the whole rung.

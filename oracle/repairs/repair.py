@@ -14,6 +14,8 @@ class Variant:
     change: str
     """Completes `the error falls …`, e.g. `with half-split pairs`, `with theta 1000000`."""
     candidate: Candidate
+    advice: str = ""
+    """Instead of the repair's own, where it depends on the place."""
 
 
 @dataclass(frozen=True)
