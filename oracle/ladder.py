@@ -11,13 +11,14 @@ from oracle.candidate import Unrunnable
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.results import Finding, Inconclusive, Report, RungResult
-from oracle.rungs import bits, decode, environment, forward, operators
+from oracle.rungs import bits, decode, environment, forward, ids, operators
 from oracle.site import Site
 
 Rung = Callable[[Comparison], RungResult]
 
 LADDER: dict[str, Rung] = {
     environment.NAME: lambda c: environment.run(c.candidate, c.reference, c.sequences()),
+    ids.NAME: ids.run,
     bits.NAME: lambda c: bits.run(c.candidate, c.export, c.source),
     operators.NAME: lambda c: operators.run(c.candidate, c.reference, c.sequences(), c.judge(operators.NAME)),
     forward.NAME: lambda c: forward.run(c.candidate, c.reference, c.sequences(), c.judge(forward.NAME)),
@@ -73,6 +74,7 @@ def run_rung(name: str, comparison: Comparison) -> RungResult:
 
 
 SITES: dict[str, Callable[[Comparison, Finding], Site]] = {
+    ids.NAME: ids.site,
     bits.NAME: bits.site,
     operators.NAME: operators.site,
 }
