@@ -80,12 +80,14 @@ class Judge:
         *,
         allowed: Sequence[np.ndarray] | None = None,
         where: str = "",
+        unit: noise.Unit | None = None,
     ) -> Finding:
         """Compare a tap given in rows.
 
         Args:
             allowed: for masked scores, where each row may attend; compared as a pattern,
                 and values only there.
+            unit: the noise of the tap's earlier steps, where there were some.
         """
         problem = _pattern_problem(candidate, truth, peer, allowed)
         if problem or truth[0].dtype == np.bool_:
@@ -95,7 +97,7 @@ class Judge:
         if allowed is not None:
             candidate, truth, peer = (_only(rows, allowed) for rows in (candidate, truth, peer))
         pieces: list[Triple] = list(zip(candidate, truth, peer, strict=True))
-        measured = noise.ratios(pieces, epsilon, level=allowed is not None)
+        measured = noise.ratios(pieces, epsilon, level=allowed is not None, unit=unit)
         return self.of(op.tap, op.function, measured, where)
 
     def of(self, tap: str, function: str, measured: Ratios, where: str = "") -> Finding:

@@ -1,20 +1,19 @@
-"""Random models on which a mistake cannot hide, written as Hugging Face folders without the product.
+"""Models on which a mistake cannot hide, written as Hugging Face folders without the product.
 
 All dimensions are distinct (but for one forced square), biases are not zero, norm
 weights are not one, 1 < K < N where the family allows it, and head_dim is not
-D / N in some. torchref defines the tensors and safetensors writes them.
+D / N in some; further ones have K = 1, K = N, odd sizes, contexts beyond 512 and
+many layers. torchref defines the tensors and safetensors writes them.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-import torchref
 from jaxgpt.config import from_hf
+from oracle import weight_kinds
 from oracle.candidate import Candidate
 from oracle.folder import parameters, read
 from oracle.reference import DTYPES
@@ -81,6 +80,57 @@ MODELS: dict[str, Config] = {
     },
     "llama3-scaling": {**_LLAMA, "rope_parameters": _LLAMA3},
     "qwen2-tied": _QWEN2,
+    "gpt2-long": {
+        **_GPT2,
+        "vocab_size": 127,
+        "n_embd": 35,
+        "n_inner": 44,
+        "n_layer": 2,
+        "n_head": 5,
+        "n_positions": 1024,
+    },
+    "gpt2-deep": {**_GPT2, "n_embd": 26, "n_inner": 38, "n_layer": 12, "n_head": 2, "n_positions": 48},
+    "llama-mqa-odd": {
+        **_LLAMA,
+        "vocab_size": 97,
+        "hidden_size": 35,
+        "intermediate_size": 51,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "max_position_embeddings": 75,
+    },
+    "llama-mha": {
+        **_LLAMA,
+        "vocab_size": 109,
+        "hidden_size": 33,
+        "intermediate_size": 47,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 10,
+        "max_position_embeddings": 53,
+        "tie_word_embeddings": True,
+    },
+    "llama3-long": {
+        **_LLAMA,
+        "vocab_size": 113,
+        "hidden_size": 28,
+        "intermediate_size": 45,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 640,
+        "rope_parameters": {**_LLAMA3, "rope_theta": 500000.0, "original_max_position_embeddings": 128},
+    },
+    "llama-deep": {
+        **_LLAMA,
+        "hidden_size": 28,
+        "intermediate_size": 45,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 48,
+    },
 }
 """Tiny models of both families."""
 
@@ -108,30 +158,17 @@ WIDE: dict[str, Config] = {
 """Widths and lengths of real models, for the calibration."""
 
 
-def write(config: Config, folder: Path, dtype: str, seed: int = 0) -> Path:
-    """A folder with config.json and model.safetensors of random weights; returns `folder`."""
+def write(config: Config, folder: Path, dtype: str, seed: int = 0, kind: str = "random") -> Path:
+    """A folder with config.json and model.safetensors of weights drawn by `kind`; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=2)
     (folder / "config.json").write_text(text)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = torchref.build(config).state_dict()
+    tensors = weight_kinds.draw(config, seed, kind)
     if config["tie_word_embeddings"]:
         tensors.pop("lm_head.weight", None)
-    drawn = {name: _draw(name, tensor, generator).to(DTYPES[dtype]) for name, tensor in tensors.items()}
-    save_file(drawn, folder / "model.safetensors", metadata={"format": "pt"})
+    cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def _draw(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Values of realistic scale in which nothing is zero, one or symmetric."""
-    noise = torch.randn(like.shape, generator=generator)
-    if name.endswith("bias"):
-        return 0.2 * noise
-    if like.ndim == 1:
-        return 1.0 + 0.3 * noise
-    if any(part in name for part in ("wte", "wpe", "embed_tokens")):
-        return 0.3 * noise
-    return noise * max(like.shape) ** -0.5
 
 
 def candidate(folder: Path, dtype: str) -> Candidate:

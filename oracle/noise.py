@@ -50,16 +50,45 @@ class _Sums:
     problems: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Unit:
+    """What rounding cost the peer so far, over several tensors of one tap.
+
+    A decode step has a few rows: too few to tell how large their noise is, and a peer
+    that happens to be lucky in them would make an honest candidate look wrong. So each
+    step is measured by the noise of all steps up to it.
+    """
+
+    truth: float = 0.0
+    """Sum of squares."""
+    peer: float = 0.0
+    """Sum of squares of the peer's error."""
+    worst: float = 0.0
+    """The peer's error at its worst position, relative to its row."""
+
+    def add(self, truth: float, peer: float, worst: float) -> None:
+        """One more tensor."""
+        self.truth += truth
+        self.peer += peer
+        self.worst = max(self.worst, worst)
+
+    @property
+    def relative(self) -> float:
+        """‖peer − truth‖ / ‖truth‖ of all tensors together."""
+        return (self.peer / self.truth) ** 0.5 if self.truth else 0.0
+
+
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Candidate, truth and peer of one piece of a tensor, of equal shape."""
 
 
-def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False) -> Ratios:
+def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False, unit: Unit | None = None) -> Ratios:
     """Compare a tensor given in pieces (for example the rows of a ragged batch).
 
     `epsilon` is that of the candidate's dtype. A value that is not finite on any
     side is a problem, whatever the others say. `level`: measure every row at the scale
     of the whole tensor at least, where a row may hold a single number (masked scores).
+    `unit`: the noise of earlier tensors of the same tap, to which this one's is added.
     """
     peak = max((float(np.abs(truth).max()) for _, truth, _ in pieces if truth.size), default=0.0)
     sums = _Sums()
@@ -69,10 +98,12 @@ def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False) -> 
     if sums.problems:
         return Ratios(float("inf"), float("inf"), float("inf"), sums.problems[0])
     norm = sums.truth**0.5
+    unit = unit or Unit()
+    unit.add(sums.truth, sums.peer, sums.peer_worst)
     return Ratios(
         error=_quotient(sums.candidate**0.5, norm),
-        aggregate=_quotient(sums.candidate**0.5, max(sums.peer**0.5, epsilon * norm)),
-        worst=_quotient(sums.candidate_worst, max(sums.peer_worst, epsilon)),
+        aggregate=_quotient(sums.candidate**0.5, max(sums.peer**0.5, unit.relative * norm, epsilon * norm)),
+        worst=_quotient(sums.candidate_worst, max(unit.worst, epsilon)),
     )
 
 

@@ -9,7 +9,7 @@ candidate chose.
 """
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,7 @@ class _Sides:
         self.lengths = lengths
         self.models = (truth, peer)
         self.pasts: list[Any] = [None, None]
+        self.units: dict[str, noise.Unit] = defaultdict(noise.Unit)
 
     def compare(self, taps: dict[str, Any], step: int, forced: Forced) -> list[Finding]:
         """All taps of one forward on the real tokens."""
@@ -88,7 +89,8 @@ class _Sides:
                 allowed = rows[1]
                 findings += self._padding(op, ours.padding_is_hidden(array), where)
             masked = allowed if op.function == "mask" else None
-            findings.append(self.judge.finding(op, *rows, allowed=masked, where=where))
+            unit = self.units[op.tap]
+            findings.append(self.judge.finding(op, *rows, allowed=masked, where=where, unit=unit))
         unknown = truth.keys() - {op.tap for op in self.ops}
         return findings + [self.judge.missing(Op(tap, "", ()), "candidate", where) for tap in sorted(unknown)]
 
