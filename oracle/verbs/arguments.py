@@ -16,6 +16,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", type=Path, metavar="HF_DIR", help="the folder the weights came from")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="and here as one page for a browser")
     parser.add_argument("--all", action="store_true", help="go on after the first broken rung")
     parser.add_argument("--seed", type=int, default=0, help="of the probe inputs")
 
@@ -28,6 +29,7 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     """
     require_torch()
     require_parent("--json", arguments.json)
+    require_parent("--html", arguments.html)
     if arguments.seed < 0:
         raise InputError(f"--seed must be ≥ 0, got {arguments.seed}")
 
@@ -39,9 +41,11 @@ def require_torch() -> None:
 
 
 def require_parent(option: str, path: Path | None) -> None:
-    """Raises InputError where a file to be written has no folder to be in."""
+    """Raises InputError where a file to be written has no folder to be in, or is one."""
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{option}: the folder {path.parent} does not exist; create it first")
+    if path is not None and path.is_dir():
+        raise InputError(f"{option}: {path} is a folder; name a file in it")
 
 
 def progress(name: str) -> None:
@@ -51,10 +55,18 @@ def progress(name: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
+    """The file appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}; name another file") from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
 def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
     """Compare, and look for the cause if asked to; print and write the report."""
     from oracle import noise, subject
-    from oracle.reports import terminal
+    from oracle.reports import page, terminal
 
     answer = subject.compare(
         arguments.checkpoint,
@@ -34,7 +34,9 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
         diagnose=diagnose,
         progress=shared.progress,
     )
+    print("\n".join(terminal.lines(answer)), flush=True)
     if arguments.json is not None:
         shared.write_json(arguments.json, answer.to_dict())
-    print("\n".join(terminal.lines(answer)))
+    if arguments.html is not None:
+        shared.write_text(arguments.html, page.render(answer))
     return terminal.exit_code(answer)

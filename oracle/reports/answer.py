@@ -1,0 +1,166 @@
+"""The top of the page: the verdict, where the models part, why, the proof, and what to change."""
+
+from collections.abc import Iterator
+
+from oracle.reports import charts, wording
+from oracle.reports.markup import Markup, escape, join, tag
+from oracle.reports.typesetting import name, prose
+from oracle.results import UNKNOWN, Cause, Report, RungResult
+
+SHOWN = 6
+"""Taps at which the same repair helps before the list folds."""
+MOST_CAUSES = 50
+
+
+def render(report: Report) -> Markup:
+    """The page's header."""
+    head = tag("p", _models(report), class_="models")
+    word = tag("h1", report.verdict.upper(), class_=f"verdict {report.verdict}")
+    lead = tag("p", _lead(report), class_="lead")
+    return tag("header", head, tag("div", word, lead, class_="headline"), _facts(report))
+
+
+def _models(report: Report) -> str:
+    """What was compared, as far as the environment says."""
+    of, config = report.environment.get, report.environment.get("config")
+    config = config if isinstance(config, dict) else {}
+    parts = [f"{config[key]} {word}" for key, word in _SIZES.items() if isinstance(config.get(key), int)]
+    parts += [str(of("dtype"))] if of("dtype") else []
+    sides = [f"{label} {of(key)}" for key, label in (("jax", "JAX"), ("torch", "PyTorch")) if of(key)]
+    return " · ".join(["Oracle report", *parts, " against ".join(sides)]).rstrip(" ·")
+
+
+_SIZES = {"num_hidden_layers": "layers", "hidden_size": "wide", "num_attention_heads": "heads"}
+
+
+def _lead(report: Report) -> Markup:
+    if report.verdict == "pass":
+        return escape("No difference beyond measured noise.")
+    if report.verdict == "inconclusive":
+        rung = next(rung for rung in report.rungs if rung.verdict == "inconclusive")
+        return prose(wording.sentence(rung.inconclusive))
+    rung = report.broken
+    assert rung is not None
+    assert rung.first is not None
+    part = "The two models part at " if rung.first.tap else "The model cannot be compared: it stops at "
+    cause = report.causes[0] if report.causes else None
+    why = ""
+    if cause is not None and cause.name != UNKNOWN:
+        why = f" {wording.sentence(cause.name)}"
+    elif cause is not None:
+        why = " No known repair undoes it."
+    return join([part, name(wording.place(rung.name, rung.first)), ".", why])
+
+
+def _facts(report: Report) -> Markup:
+    if report.verdict == "pass":
+        return tag("dl", *_passed(report), class_="facts")
+    if report.verdict == "inconclusive":
+        text = "This says nothing about the model. Set right what is named above and compare again."
+        return tag("dl", *_fact("What it means", escape(text)), class_="facts")
+    rung = report.broken
+    assert rung is not None
+    return tag("dl", *_fact("First divergence", _divergence(rung)), *_causes(report), class_="facts")
+
+
+def _passed(report: Report) -> Iterator[Markup]:
+    rungs = join((tag("code", rung.name) for rung in report.rungs), ", ")
+    yield from _fact("Agree", join([f"All {len(report.rungs)} rungs that were climbed: ", rungs, "."]))
+    kl = wording.kl(report)
+    if kl is not None:
+        yield from _fact("Largest KL per token", prose(f"{kl:.1e} nats"))
+
+
+def _fact(label: str, *content: Markup) -> Iterator[Markup]:
+    if content:
+        yield tag("div", tag("dt", label), *(tag("dd", part) for part in content))
+
+
+def _divergence(rung: RungResult) -> Markup:
+    found = rung.first
+    assert found is not None
+    if not found.tap:
+        return join([f"In the rung {rung.name}. ", prose(wording.size(rung.name, found))])
+    parts: list[object] = [name(wording.place(rung.name, found)), " · "]
+    parts.append(f"op {found.op}" if wording.place(rung.name, found) == found.tap else "a parameter")
+    parts.append(f" · {found.where}" if found.where else "")
+    parts.append(f" · rung {rung.name}. ")
+    parts.append(
+        "Its inputs are the reference’s own, so the difference begins here. " if rung.name == "operators" else ""
+    )
+    return join([*parts, prose(wording.size(rung.name, found))])
+
+
+# -- Causes ----------------------------------------------------------------------------
+
+
+def _causes(report: Report) -> Iterator[Markup]:
+    if not report.causes:
+        text = ["Not looked for: ", tag("code", "python -m oracle bisect"), " tries to undo it."]
+        yield from _fact("Cause", join(text))
+        return
+    for number, cause in enumerate(report.causes[:MOST_CAUSES], start=1):
+        yield from _cause(report, cause, number)
+    more = len(report.causes) - MOST_CAUSES
+    if more > 0:
+        yield from _fact("Further causes", escape(f"{more:,} more"))
+    yield from _outcome(report)
+
+
+def _cause(report: Report, cause: Cause, number: int) -> Iterator[Markup]:
+    standing = wording.standing(cause)
+    badge = tag("span", standing, class_=f"badge {standing.replace(' ', '-')}")
+    title: list[object] = [tag("strong", cause.name[:1].upper() + cause.name[1:])]
+    title += [" ", badge] if cause.name != UNKNOWN else []
+    if number > 1:
+        title += [" at ", name(wording.origin(report, cause))]
+    yield from _fact("Cause" if number == 1 else f"Cause {number}, behind it", join(title), *_doubts(cause))
+    yield from _fact("Tried" if cause.name == UNKNOWN else "Proof", prose(wording.proof(cause)), *_drawn(cause))
+    if cause.advice:
+        yield from _fact("Change", prose(wording.sentence(cause.advice)))
+    if cause.also_at:
+        yield from _fact("The same at", _names(cause.also_at))
+
+
+def _doubts(cause: Cause) -> Iterator[Markup]:
+    if cause.tied:
+        yield prose(f"Or: {'; '.join(cause.tied)}.")
+    if wording.reservation(cause):
+        yield escape(wording.reservation(cause))
+    if cause.name == UNKNOWN:
+        if cause.residual is not None and cause.residual.sentences:
+            yield prose(wording.sentence(f"What it looks like: {'; '.join(cause.residual.sentences)}"))
+        if cause.runners_up:
+            yield prose(f"Nearest to undoing it: {'; '.join(cause.runners_up)}.")
+
+
+def _drawn(cause: Cause) -> Iterator[Markup]:
+    limit = max(cause.before.threshold)
+    if cause.name != UNKNOWN and cause.before.noise > 0 and limit > 0:
+        yield charts.fall(cause.before.noise, cause.after.noise, limit)
+
+
+def _names(taps: list[str] | tuple[str, ...] | object) -> Markup:
+    assert isinstance(taps, list | tuple)
+    shown = join(map(name, taps[:SHOWN]), ", ")
+    if len(taps) <= SHOWN:
+        return shown
+    rest = join(map(name, taps[SHOWN : SHOWN + 500]), ", ")
+    return join([shown, tag("details", tag("summary", f"{len(taps) - SHOWN:,} more"), rest)])
+
+
+def _outcome(report: Report) -> Iterator[Markup]:
+    after = report.repaired
+    if after is None:
+        text = "Nothing behind it was examined: it could not be taken out of the way."
+        yield from _fact("Behind it", escape(text))
+        return
+    rungs = join((tag("code", rung.name) for rung in after.rungs if rung.verdict == "pass"), ", ")
+    word = tag("strong", after.verdict.upper(), class_=after.verdict)
+    if after.verdict == "pass":
+        said = join([". The rungs ", rungs, " agree."])
+    else:
+        broken = after.broken
+        at = name(wording.place(broken.name, broken.first)) if broken and broken.first else escape("")
+        said = join([" in the rung ", tag("code", broken.name), ": ", at, "."]) if broken else escape(".")
+    yield from _fact(wording.repaired(report), join([word, said]))

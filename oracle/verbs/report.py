@@ -1,0 +1,29 @@
+"""`report`: a JSON report in its other forms, without the models, JAX or torch."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from oracle.verbs import arguments as shared
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    parser: argparse.ArgumentParser = verbs.add_parser("report", help="show a JSON report as text or as a page")
+    parser.add_argument("report", type=Path, metavar="REPORT.json", help="what `--json FILE` wrote")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one offline page")
+    parser.add_argument("--text", action="store_true", help="print it; so does no option at all")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry it out; the exit code says that the report was shown, not what it says."""
+    from oracle.reports import json_report, page, terminal
+
+    shared.require_parent("--html", arguments.html)
+    report = json_report.read(arguments.report)
+    if arguments.html is not None:
+        shared.write_text(arguments.html, page.render(report))
+    if arguments.text or arguments.html is None:
+        print("\n".join(terminal.lines(report)))
+    return 0
