@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxgpt.config import ModelConfig
-from oracle import probe
+from oracle import probe, text_reference
 
 if TYPE_CHECKING:
     from oracle.comparison import Comparison
@@ -34,16 +34,26 @@ DECODE = (
     "batch pad mask ignored",
 )
 TRAINING = ("label shift", "loss mask", "gradients", "optimizer", "dropout in training")
-TEXT = ("special ids", "BOS doubled", "pre-tokenizer", "chat template")
+TEXT = (
+    "special ids",
+    "special ids saved wrong",
+    "prefix-matching special",
+    "user text read as special tokens",
+    "BOS doubled",
+    "pre-tokenizer",
+    "chat template",
+    "mask of a conversation",
+    "template of the reference folder",
+)
 
 
 def classes(comparison: "Comparison", rungs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the exposed classes, and the reason for each hidden one."""
     config = comparison.candidate.config
-    hidden = _without_rungs(rungs) | _without_weights(comparison) | _by_config(config)
+    hidden = _without_rungs(rungs) | _without_weights(comparison, rungs) | _by_config(config)
     hidden |= dict.fromkeys(TRAINING, "no rung compares training yet")
-    hidden |= dict.fromkeys(TEXT, "no rung compares text yet")
-    known = [*WEIGHTS, *EXPORT, *OPERATORS, *DECODE, *_CONFIG_CLASSES]
+    hidden |= _by_text(comparison, rungs)
+    known = [*WEIGHTS, *EXPORT, *OPERATORS, *DECODE, *TEXT, *_CONFIG_CLASSES]
     return [name for name in known if name not in hidden], hidden
 
 
@@ -53,10 +63,13 @@ def _without_rungs(rungs: Sequence[str]) -> dict[str, str]:
     return {name: f"the rung {rung} was not reached" for rung, names in missing.items() for name in names}
 
 
-def _without_weights(comparison: "Comparison") -> dict[str, str]:
+def _without_weights(comparison: "Comparison", rungs: Sequence[str]) -> dict[str, str]:
     if comparison.source is not None:
         return {}
-    return dict.fromkeys(WEIGHTS, "no --reference folder to compare the weights with")
+    # These look like no weights at all, whatever they are compared with.
+    seen = {"bf16 bits read as fp16"} if "statistics" in rungs else set[str]()
+    lost = [name for name in WEIGHTS if name not in seen]
+    return dict.fromkeys(lost, "no --reference folder to compare the weights with")
 
 
 _CONFIG_CLASSES: Mapping[str, str] = {
@@ -83,3 +96,26 @@ def _by_config(config: ModelConfig) -> dict[str, str]:
         "end of the context": probe.is_cheap(config),
     }
     return {name: reason for name, reason in _CONFIG_CLASSES.items() if not shown[name]}
+
+
+def _by_text(comparison: "Comparison", rungs: Sequence[str]) -> dict[str, str]:
+    text = comparison.candidate.text
+    if "ids" not in rungs:
+        return dict.fromkeys(TEXT, "the rung ids was not reached")
+    if text is None:
+        return dict.fromkeys(TEXT, "the checkpoint has no tokenizer")
+    if not text_reference.references(comparison):
+        return dict.fromkeys(TEXT, text_reference.MISSING)
+    strings = text.saved["special_token_ids"]
+    begins = any(a != b and a.startswith(b) for a in strings for b in strings)
+    known = comparison.source is not None and text_reference.has_tokenizer(comparison.source)
+    no_template = "" if text.saved_template else "the checkpoint has no template"
+    reasons = {
+        "special ids saved wrong": "" if known else "no --reference folder with a tokenizer",
+        "prefix-matching special": "" if begins else "no special token begins another",
+        "pre-tokenizer": "the tokenizer has none" if text.saved["kind"] == "char" else "",
+        "chat template": no_template,
+        "mask of a conversation": no_template,
+        "template of the reference folder": "chat templates in Jinja are programs, which the oracle does not run",
+    }
+    return {name: reason for name, reason in reasons.items() if reason}

@@ -11,7 +11,7 @@ from oracle.candidate import Unrunnable
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.results import Finding, Inconclusive, Report, RungResult
-from oracle.rungs import bits, decode, environment, forward, ids, operators
+from oracle.rungs import bits, decode, environment, forward, ids, operators, statistics
 from oracle.site import Site
 
 Rung = Callable[[Comparison], RungResult]
@@ -20,6 +20,7 @@ LADDER: dict[str, Rung] = {
     environment.NAME: lambda c: environment.run(c.candidate, c.reference, c.sequences()),
     ids.NAME: ids.run,
     bits.NAME: lambda c: bits.run(c.candidate, c.export, c.source),
+    statistics.NAME: statistics.run,
     operators.NAME: lambda c: operators.run(c.candidate, c.reference, c.sequences(), c.judge(operators.NAME)),
     forward.NAME: lambda c: forward.run(c.candidate, c.reference, c.sequences(), c.judge(forward.NAME)),
     decode.NAME: lambda c: decode.run(c.candidate, c.reference, c.decoding(), c.judge(decode.NAME)),
