@@ -27,6 +27,8 @@ class Difference:
     alignment: Alignment
     suggestions: Sequence[Suggestion]
     """For taps that have no partner; lines for a map file, never used by themselves."""
+    unit: str
+    """What the findings' ratios are multiples of."""
     measured_by: str
     notes: Sequence[str]
     """What a reader should know about the recordings."""
@@ -81,7 +83,7 @@ def diff(
     measured_by = judge.describe([unit for trace in (a, b) for unit in _coarsest_so_far(trace).values()])
     environment = {"A": dict(a.environment), "B": dict(b.environment), "measured_by": measured_by}
     report = Report([rung], exposed=(), hidden={}, environment=environment, causes=causes)
-    return Difference(report, alignment, suggestions, measured_by, list(_notes(a, b, alignment)))
+    return Difference(report, alignment, suggestions, judge.unit, measured_by, list(_notes(a, b, alignment)))
 
 
 # -- May they be compared? ---------------------------------------------------------------

@@ -44,6 +44,11 @@ class Judge:
     truth: Trace | None = None
     repetition: Trace | None = None
 
+    @property
+    def unit(self) -> str:
+        """What its numbers are multiples of."""
+        return "units in the last place" if self.truth is None and self.repetition is None else "times the noise"
+
     def describe(self, units: Sequence[float]) -> str:
         """What a difference is measured by, for the report; `units` are the epsilons that occur."""
         if self.truth is not None:

@@ -23,7 +23,7 @@ def verdict(difference: Difference) -> str:
     if found is not None:
         before = next(i for i, finding in enumerate(difference.pairs) if finding is found)
         clean = f"the {before} taps before it agree" if before else "it is the first tap in order"
-        return f"FAIL. First divergence: {_named(found)} ({clean}). {_size(found)}"
+        return f"FAIL. First divergence: {_named(found)} ({clean}). {_size(found, difference.unit)}"
     if difference.missing:
         names = listed([finding.tap for finding in difference.missing])
         return f"FAIL. All {count} pairs agree, but these taps have no partner: {names}."
@@ -34,12 +34,12 @@ def _named(finding: Finding) -> str:
     return f"{finding.tap}, {finding.where}" if finding.where else finding.tap
 
 
-def _size(finding: Finding) -> str:
+def _size(finding: Finding, unit: str) -> str:
     if finding.problem:
         return f"{finding.problem[0].upper()}{finding.problem[1:]}."
     over = "over the tensor" if finding.aggregate >= finding.worst else "at the worst position"
     limit = finding.threshold[0 if finding.aggregate >= finding.worst else 1]
-    return f"Error {finding.error:.2g}, {finding.noise:.2g} times the noise {over} (limit {limit:g})."
+    return f"Error {finding.error:.2g}, {finding.noise:.2g} {unit} {over} (limit {limit:g})."
 
 
 def lines(difference: Difference, *, everything: bool = False) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _table(difference: Difference, everything: bool) -> Iterator[str]:
     start = next((i for i, finding in enumerate(pairs) if finding is found), largest)
     shown = [i for i in range(len(pairs)) if everything or start - BEFORE <= i <= start + AFTER or i == len(pairs) - 1]
     width = max(len("tap"), *(len(pairs[i].tap) for i in shown))
-    yield f"    {'tap':<{width}}  {'error':>8}  {'tensor':>8}  {'worst':>8}  (times the noise)"
+    yield f"    {'tap':<{width}}  {'error':>8}  {'tensor':>8}  {'worst':>8}  ({difference.unit})"
     last = -1
     for i in shown:
         if i > last + 1:
