@@ -24,6 +24,8 @@ NAME = "ids"
 ENCODE, USER, DECODE, SPECIALS = "text.encode", "text.user", "text.decode", "text.specials"
 PARSE, TEMPLATE, MASK, BOS, STOPS = "text.parse", "text.template", "text.mask", "text.bos", "text.stops"
 SAVED = "the saved state"
+RAISED = "raised "
+"""How a problem begins that is an exception of the candidate's code."""
 SHOWN = 40
 """Characters of a text that a message quotes."""
 
@@ -222,7 +224,7 @@ def _attempt(function: Callable[[Any], Any], given: Any, judge: Callable[[Any], 
     except MemoryError:
         raise
     except Exception as error:
-        return f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"{RAISED}{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return judge(answer)
 
 
@@ -265,7 +267,8 @@ class TextSite(Site):
     @property
     def text(self) -> Text:
         """The candidate's text side as it is."""
-        return self.walk.text
+        assert self.candidate.text is not None
+        return self.candidate.text
 
     def changed(self, **fields: Any) -> Candidate:
         """The candidate with other fields of its text side."""

@@ -1,0 +1,87 @@
+"""Other ways of cutting a text before BPE, and of spelling its bytes: what a wrong tokenizer is likely to do.
+
+Sources: tiktoken's `openai_public.py` (cl100k, o200k), Qwen2's and Llama 3's
+`tokenizer.json`, ggml-org/llama.cpp #6920 for what comes of mixing them up.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from oracle.text_reference import TextReference
+
+Encode = Callable[[str], list[int]]
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_AFTER_WORDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "that of GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "that of GPT-2 without its look-ahead": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+",
+    "that of GPT-2 with contractions of any case": rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+"
+    r"|\s+(?!\S)|\s+",
+    "that of GPT-2 with every digit apart": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "that of GPT-2 without the space before words": r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+",
+    "that of cl100k and Llama 3": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_AFTER_WORDS}",
+    "that of Qwen2": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_AFTER_WORDS}",
+    "that of o200k": rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_AFTER_WORDS}",
+    "words and spaces": r"\S+|\s+",
+    "words with the space before them": r" ?\S+|\s+",
+    "letters, digits and signs": r"\w+|[^\w\s]+|\s+",
+}
+
+
+def others(reference: TextReference) -> Iterator[tuple[str, Encode]]:
+    """The reference's vocabulary behind other pre-tokenizers."""
+    from tokenizers import Regex, pre_tokenizers
+
+    bpe = _bpe(reference)
+
+    def behind(cut: Any) -> Encode:
+        return lambda text: [token.id for piece, _ in cut.pre_tokenize_str(text) for token in bpe.tokenize(piece)]
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for name, pattern in PATTERNS.items():
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        yield name, behind(pre_tokenizers.Sequence([split, byte_level]))
+    yield "none", behind(byte_level)
+    yield "that of GPT-2 with a space put first", behind(pre_tokenizers.ByteLevel(add_prefix_space=True))
+
+
+def spellings(reference: TextReference, unknown: Sequence[int]) -> Iterator[tuple[str, Encode]]:
+    """The reference's vocabulary read as one of another kind; `unknown` stands for what it lacks."""
+    bpe, vocabulary, pieces = _bpe(reference), reference.vocabulary, reference.pieces
+
+    def raw(text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces(text) if pieces else [text]:
+            for part in _known(piece, vocabulary):
+                ids += [token.id for token in bpe.tokenize(part)] if part[0] in vocabulary else unknown
+        return ids
+
+    def as_hex(text: str) -> list[int]:
+        found = (vocabulary.get(f"{byte:02x}") for byte in text.encode())
+        return [id for given in found for id in (unknown if given is None else [given])]
+
+    yield "its byte-level names taken for plain characters", raw
+    yield "its bytes looked up as two hexadecimal digits", as_hex
+
+
+def _known(piece: str, vocabulary: Mapping[str, int]) -> list[str]:
+    """The piece cut into runs of characters that the vocabulary has, and single ones that it lacks."""
+    parts: list[str] = []
+    for character in piece:
+        if parts and character in vocabulary and parts[-1][-1] in vocabulary:
+            parts[-1] += character
+        else:
+            parts.append(character)
+    return parts
+
+
+def _bpe(reference: TextReference) -> Any:
+    from tokenizers import models
+
+    return models.BPE(dict(reference.vocabulary), [*reference.merges])
