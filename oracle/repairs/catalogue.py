@@ -1,6 +1,6 @@
 """Every repair, narrow ones first: of two that undo a difference alike, the first is named and the other a tie."""
 
-from oracle.repairs import operators, parameters, text
+from oracle.repairs import configuration, operators, parameters, text
 from oracle.repairs.repair import Repair
 
-REPAIRS: tuple[Repair, ...] = (*text.REPAIRS, *parameters.REPAIRS, *operators.REPAIRS)
+REPAIRS: tuple[Repair, ...] = (*text.REPAIRS, *parameters.REPAIRS, *configuration.REPAIRS, *operators.REPAIRS)

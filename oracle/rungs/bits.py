@@ -80,16 +80,23 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
         return f"shape {list(ours.shape)}, the file has {list(theirs.shape)}"
     if ours.dtype.itemsize < theirs.dtype.itemsize:
         return f"stored as {ours.dtype}, the file has {theirs.dtype}"
-    if not np.isfinite(ours.astype(np.float32)).all():
+    if not is_finite(ours).all():
         return "has NaN or infinite values"
     # bfloat16 and float16 are equally wide and hold different numbers.
     both = ours.dtype if ours.dtype == theirs.dtype or ours.itemsize > theirs.itemsize else np.dtype(np.float32)
-    unequal = _bits(ours.astype(both)) != _bits(theirs.astype(both))
+    with np.errstate(invalid="ignore", over="ignore"):
+        unequal = _bits(ours.astype(both)) != _bits(theirs.astype(both))
     if not unequal.any():
         return ""
     at = tuple(int(i) for i in np.unravel_index(int(unequal.argmax()), unequal.shape))
     share = f"{int(unequal.sum()):,} of {unequal.size:,} elements differ"
     return f"{share}, first at {list(at)}: {_value(ours[at])}, the file has {_value(theirs[at])}"
+
+
+def is_finite(array: np.ndarray) -> np.ndarray:
+    """Where an array of any dtype has numbers."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.isfinite(array.astype(np.float32))
 
 
 def equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -152,7 +159,10 @@ class ParameterSite(Site):
     def residual(self) -> Residual | None:
         """See `Site.residual`."""
         ours, theirs = self.ours, self.theirs
-        return None if ours is None or theirs is None else residual.describe(self.name, ours, theirs)
+        if ours is None or theirs is None:
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            return residual.describe(self.name, ours, theirs)
 
     def substitute(self) -> Candidate | None:
         """The candidate with the file's tensor, or without one that the file lacks."""
@@ -195,7 +205,7 @@ def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float("inf")
     squares = np.zeros(2)
     for a, b in _pieces(ours, theirs):
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             squares += float(np.square(a - b).sum()), float(np.square(b).sum())
     distance, norm = (float(value) ** 0.5 for value in squares)
     if not np.isfinite(distance):
@@ -208,4 +218,7 @@ def _pieces(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[np.ndarray, 
     rows = max(1, noise.CHUNK // max(1, ours[:1].size)) if ours.ndim else 1
     for start in range(0, len(ours) if ours.ndim else 0, rows):
         part = slice(start, start + rows)
-        yield ours[part].astype(np.float64), theirs[part].astype(np.float64)
+        # A signalling NaN, as swapped bytes may make one, is no reason to stop.
+        with np.errstate(invalid="ignore"):
+            pair = ours[part].astype(np.float64), theirs[part].astype(np.float64)
+        yield pair

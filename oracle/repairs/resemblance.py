@@ -1,0 +1,202 @@
+"""How the values of a wrong tensor resemble the file's: quantised, fine-tuned, merged, or not at all."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from oracle.repairs.differences import Look, epsilon
+from oracle.repairs.encodings import arrangements
+from oracle.rungs.bits import ParameterSite, equal, sampled
+
+ROWS = 1 << 21
+"""Elements looked at: enough for any statistic, and quick for an embedding."""
+NEAR = 0.45
+"""Relative distance of a tensor to the same tensor of another revision: a correlation of 0.9 or more."""
+LEAST = 4
+"""So many tensors make a revision; fewer were changed by something else."""
+CONFIDENT = 5.0
+"""Standard deviations within which unrelated values correlate by chance."""
+
+
+def _head(array: np.ndarray) -> np.ndarray:
+    """The first rows, as many as are looked at."""
+    return array[: max(1, ROWS // max(1, array[:1].size))].astype(np.float64)
+
+
+# -- Rounded ---------------------------------------------------------------------------
+
+
+def dequantised(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
+    """Rounded to the levels of int8 or int4, with a scale for the tensor, each row or column, or each block."""
+    if ours.ndim != 2:
+        return None
+    a, b = _head(ours), _head(theirs)
+    tolerance = max(2.0**-10, 2 * epsilon(ours))  # a scale may itself be held in float16
+    for groups, name in _groups(b):
+        for levels, grid in _grids(b, groups):
+            near = np.abs(a - grid) <= tolerance * np.abs(grid)
+            # A step is wide: most of the file's own values are not on the grid.
+            own = np.abs(b - grid) <= tolerance * np.abs(grid)
+            if near.mean() > 0.99 and own.mean() < 0.5:
+                return Look(
+                    "weight dequantised from int8 or int4", f"with the file's values, not {levels} levels a {name}"
+                )
+    return None
+
+
+def _groups(array: np.ndarray) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Shapes of (groups, members) along each axis, the axis in question last."""
+    yield (1, array.size), "tensor"
+    for axis, name in ((1, "row"), (0, "column")):
+        length = array.shape[axis]
+        yield (axis, length), name
+        yield from (((axis, block), f"block of {block}") for block in (32, 64, 128) if not length % block > 0)
+
+
+def _grids(array: np.ndarray, groups: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    axis, members = groups
+    turned = array if axis == 1 else array.T
+    grouped = turned.reshape(1, -1) if members == array.size else turned.reshape(-1, members)
+    low, high = grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True)
+    peak = np.maximum(np.abs(low), np.abs(high))
+    signed = np.where(-low > high, low, high)  # llama.cpp's Q4_0 divides the largest, with its sign, by -8
+    for levels, scale in ((255, peak / 127), (256, peak / 128), (15, peak / 7), (16, peak / 8), (16, signed / -8)):
+        steps = np.rint(grouped / np.where(scale == 0, 1, scale))
+        yield levels, _back(np.clip(steps, -(levels // 2 + levels % 2), levels // 2) * scale, turned, axis)
+    for levels in (256, 16):
+        scale = np.where(high > low, (high - low) / (levels - 1), 1)
+        yield levels, _back(np.rint((grouped - low) / scale) * scale + low, turned, axis)
+        yield levels, _back((np.rint(grouped / scale)) * scale, turned, axis)
+
+
+def _back(grouped: np.ndarray, like: np.ndarray, axis: int) -> np.ndarray:
+    shaped = grouped.reshape(like.shape)
+    return shaped if axis == 1 else shaped.T
+
+
+def fewer_bits(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
+    """Mantissas that end in zeros, each within a rounding of the file's."""
+    if ours.dtype != np.float32 or theirs.dtype != np.float32:
+        return None
+    zeros = _trailing_zeros(ours)
+    within = 2.0 ** (zeros - 23) * np.abs(theirs.astype(np.float64))
+    if zeros < 4 or _trailing_zeros(theirs) >= zeros or (np.abs(ours.astype(np.float64) - theirs) > within).any():
+        return None
+    return Look("values rounded to fewer bits", f"with the file's values, not {23 - zeros} bits of the mantissa")
+
+
+def _trailing_zeros(array: np.ndarray) -> int:
+    used = int(np.bitwise_or.reduce(np.ascontiguousarray(array).view(np.uint32).ravel()))
+    return (used & -used).bit_length() - 1 if used else 32
+
+
+# -- Changed a little ------------------------------------------------------------------
+
+
+def low_rank(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
+    """The difference is a product of two thin matrices, as of an adapter that was merged."""
+    if ours.ndim != 2:
+        return None
+    a, b = _spread(ours), _spread(theirs)
+    difference = a - b
+    limit = min(64, min(difference.shape) // 3)
+    noise = 2 * epsilon(ours, theirs) * float(np.linalg.norm(np.maximum(np.abs(a), np.abs(b))))
+    dense = float((difference != 0).mean())
+    if limit < 1 or dense < 0.5 or np.linalg.norm(difference) < 10 * noise:
+        return None
+    # A random projection spans the range of a matrix of that rank (Halko et al. 2011, algorithm 4.1).
+    probe = np.random.default_rng(0).standard_normal((difference.shape[1], limit + 4))
+    basis, _ = np.linalg.qr(difference @ probe)
+    inside = basis.T @ difference
+    if np.linalg.norm(difference - basis @ inside) > noise:
+        return None
+    values = np.linalg.svd(inside, compute_uv=False)
+    rank = int((values > max(noise, 1e-3 * values[0])).sum())
+    along_an_axis = any(np.ptp(difference, axis=axis).max() <= noise for axis in (0, 1))
+    if rank > limit or along_an_axis:
+        return None
+    return Look(
+        "a low-rank change, such as a merged adapter",
+        f"with the file's values, from which a matrix of rank {rank} is gone",
+    )
+
+
+def _spread(array: np.ndarray) -> np.ndarray:
+    """Rows from all over the tensor."""
+    return array[:: max(1, array.size // ROWS)].astype(np.float64)
+
+
+def revision(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
+    """This and most other tensors that differ are near the file's everywhere, in the right dtype and layout."""
+    if not _resembles(ours, theirs):
+        return None
+    values: dict[str, np.ndarray] = {}
+    far = 0
+    for name, array in site.candidate.stored.items():
+        other = np.asarray(array)
+        own = site.file.get(name)
+        if own is None or other.shape != own.shape or _same_look(other, own):
+            continue
+        match = next((each for each in arrangements(site, name) if _resembles(other, each)), None)
+        far += match is None
+        values |= {} if match is None else {name: match}
+    if len(values) < LEAST or far > len(values) // 3:
+        return None
+    return Look("weights of another revision", f"with the file's values of {len(values)} parameters", values)
+
+
+def _same_look(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    few = sampled(ours)
+    return equal(ours[few], theirs[few])
+
+
+def _resembles(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Nearly every element differs, none by much, and the values are as fine as the file's."""
+    if ours.shape != theirs.shape or ours.dtype.itemsize < theirs.dtype.itemsize:
+        return False
+    few = tuple(slice(None, None, max(1, length // 256)) for length in ours.shape)
+    a, b = ours[few].astype(np.float64), theirs[few].astype(np.float64)
+    changed = float((a != b).mean())
+    distance, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
+    # In bfloat16 a small step leaves many values where they were.
+    most = 0.9 if epsilon(ours, theirs) < 2.0**-20 else 0.3
+    as_fine = len(np.unique(a)) >= 0.8 * len(np.unique(b))
+    return changed > most and 0 < distance < NEAR * norm and as_fine
+
+
+# -- Unrelated -------------------------------------------------------------------------
+
+
+def random_init(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
+    """Unrelated to the file's, and distributed as fresh weights are."""
+    if ours.ndim != 2 or ours.size < 500:
+        return None
+    a, b = _spread(ours), _spread(theirs)
+    allowed = CONFIDENT / a.size**0.5
+    deviation = float(a.std())
+    if not deviation or not float(b.std()) or abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1])) > allowed:
+        return None
+    fresh = (a - a.mean()) / deviation
+    kurtosis = float(np.square(np.square(fresh)).mean())
+    centred = abs(float(a.mean())) < allowed * deviation
+    # Uniform 1.8, normal cut at two deviations 2.4, normal 3.
+    if not centred or not 1.8 - 10 * allowed < kurtosis < 3 + 10 * allowed or _rearranged(ours, theirs):
+        return None
+    usual = any(abs(deviation / expected - 1) < 0.05 + allowed for expected in _deviations(site, ours, b))
+    words = f"with the file's values; these are as if drawn, with a standard deviation of {deviation:.3g}"
+    return Look("tensor left at its random init", words) if usual else None
+
+
+def _deviations(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Iterator[float]:
+    """Of the usual initialisations: the config's, GPT-2's for residual projections, He, Glorot, LeCun, torch's."""
+    c, (inputs, outputs) = site.candidate.config, ours.shape
+    yield from (c.initializer_range, c.initializer_range / (2 * c.num_hidden_layers) ** 0.5, 0.02, 0.01, 1.0)
+    yield from (float(theirs.std()), (2 / (inputs + outputs)) ** 0.5)
+    for fan in (inputs, outputs):
+        yield from (fan**-0.5, (2 / fan) ** 0.5, (3 * fan) ** -0.5)
+
+
+def _rearranged(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """The same values elsewhere, or the same matrix in another basis: no fresh draw."""
+    a, b = float(np.linalg.norm(ours.astype(np.float64))), float(np.linalg.norm(theirs.astype(np.float64)))
+    return abs(a / b - 1) < 1e-6
