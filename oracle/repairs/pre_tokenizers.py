@@ -51,23 +51,31 @@ def others(reference: TextReference) -> Iterator[tuple[str, Encode]]:
     yield "that of GPT-2 with a space put first", behind(pre_tokenizers.ByteLevel(add_prefix_space=True))
 
 
-def spellings(reference: TextReference, unknown: Sequence[int]) -> Iterator[tuple[str, Encode]]:
-    """The reference's vocabulary read as one of another kind; `unknown` stands for what it lacks."""
+def spellings(reference: TextReference, encode: Encode) -> Iterator[tuple[str, Encode]]:
+    """The reference's vocabulary read as one of another kind; what it lacks is what `encode` makes of such."""
     bpe, vocabulary, pieces = _bpe(reference), reference.vocabulary, reference.pieces
+    lacking = [chr(byte) for byte in range(1, 128) if f"{byte:02x}" not in vocabulary]
+    no_byte, no_character = _only(encode, lacking), _only(encode, ["\n", "中", "字"])
 
     def raw(text: str) -> list[int]:
         ids: list[int] = []
         for piece in pieces(text) if pieces else [text]:
             for part in _known(piece, vocabulary):
-                ids += [token.id for token in bpe.tokenize(part)] if part[0] in vocabulary else unknown
+                ids += [token.id for token in bpe.tokenize(part)] if part[0] in vocabulary else no_character
         return ids
 
     def as_hex(text: str) -> list[int]:
         found = (vocabulary.get(f"{byte:02x}") for byte in text.encode())
-        return [id for given in found for id in (unknown if given is None else [given])]
+        return [id for given in found for id in (no_byte if given is None else [given])]
 
     yield "its byte-level names taken for plain characters", raw
     yield "its bytes looked up as two hexadecimal digits", as_hex
+
+
+def _only(encode: Encode, unknown: Sequence[str]) -> list[int]:
+    """The one id that stands for all of these, or none."""
+    found = {id for character in unknown for id in encode(character)}
+    return list(found) if len(found) == 1 else []
 
 
 def _known(piece: str, vocabulary: Mapping[str, int]) -> list[str]:

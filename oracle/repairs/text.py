@@ -79,7 +79,9 @@ def _moved(text: Text, names: set[str], by: int, *, saved: bool = False) -> dict
     def decode(given: Sequence[int]) -> str:
         return text.decode([known.get(id, id) for id in given])
 
-    stop_ids = tuple(new_of.get(id, id) for id in text.stop_ids)
+    ends = {text.specials[name].id for name in (END_OF_TEXT, END) if name in text.specials}
+    # So may the stop ids.
+    stop_ids = tuple(new_of.get(id, id) for id in text.stop_ids) if ends <= set(text.stop_ids) else text.stop_ids
     fields: dict[str, Any] = {"specials": specials, "stop_ids": stop_ids, "decode": decode}
     if saved:
         maps = ("special_token_ids", "special_name_ids")
@@ -198,8 +200,7 @@ def spelled(site: Site) -> Iterator[Variant]:
     if at is None or not at.walk.reference.vocabulary:
         return
     encode, reference = at.text.encode, at.walk.reference
-    unknown = set(encode("中文字"))
-    for name, other in pre_tokenizers.spellings(reference, list(unknown) if len(unknown) == 1 else []):
+    for name, other in pre_tokenizers.spellings(reference, encode):
         yield Variant(f"with {name} undone", at.changed(encode=_unless(encode, other, reference.encode)))
 
 
