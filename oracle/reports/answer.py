@@ -1,10 +1,10 @@
 """The top of the page: the verdict, where the models part, why, the proof, and what to change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from oracle.reports import charts, wording
 from oracle.reports.markup import Markup, escape, join, tag
-from oracle.reports.typesetting import name, prose
+from oracle.reports.typesetting import name, number, prose
 from oracle.results import UNKNOWN, Cause, Report, RungResult
 
 SHOWN = 6
@@ -99,23 +99,27 @@ def _causes(report: Report) -> Iterator[Markup]:
         text = ["Not looked for: ", tag("code", "python -m oracle bisect"), " tries to undo it."]
         yield from _fact("Cause", join(text))
         return
-    for number, cause in enumerate(report.causes[:MOST_CAUSES], start=1):
-        yield from _cause(report, cause, number)
+    for place, cause in enumerate(report.causes[:MOST_CAUSES], start=1):
+        yield from _cause(report, cause, place)
     more = len(report.causes) - MOST_CAUSES
     if more > 0:
         yield from _fact("Further causes", escape(f"{more:,} more"))
     yield from _outcome(report)
 
 
-def _cause(report: Report, cause: Cause, number: int) -> Iterator[Markup]:
+def _cause(report: Report, cause: Cause, place: int) -> Iterator[Markup]:
     standing = wording.standing(cause)
     badge = tag("span", standing, class_=f"badge {standing.replace(' ', '-')}")
     title: list[object] = [tag("strong", cause.name[:1].upper() + cause.name[1:])]
     title += [" ", badge] if cause.name != UNKNOWN else []
-    if number > 1:
+    if place > 1:
         title += [" at ", name(wording.origin(report, cause))]
-    yield from _fact("Cause" if number == 1 else f"Cause {number}, behind it", join(title), *_doubts(cause))
-    yield from _fact("Tried" if cause.name == UNKNOWN else "Proof", prose(wording.proof(cause)), *_drawn(cause))
+    yield from _fact("Cause" if place == 1 else f"Cause {place}, behind it", join(title), *_doubts(cause))
+    if cause.name == UNKNOWN:
+        look = wording.LOOK.get(cause.rung)
+        yield from _fact("Look at", *([prose(wording.sentence(look))] if look else []))
+    else:
+        yield from _fact("Proof", prose(wording.proof(cause)), *_drawn(cause))
     if cause.advice:
         yield from _fact("Change", prose(wording.sentence(cause.advice)))
     if cause.also_at:
@@ -128,6 +132,7 @@ def _doubts(cause: Cause) -> Iterator[Markup]:
     if wording.reservation(cause):
         yield escape(wording.reservation(cause))
     if cause.name == UNKNOWN:
+        yield prose(wording.proof(cause))
         if cause.residual is not None and cause.residual.sentences:
             yield prose(wording.sentence(f"What it looks like: {'; '.join(cause.residual.sentences)}"))
         if cause.runners_up:
@@ -135,13 +140,17 @@ def _doubts(cause: Cause) -> Iterator[Markup]:
 
 
 def _drawn(cause: Cause) -> Iterator[Markup]:
+    # A report holds the larger ratio of a cause, not which of the two it is.
     limit = max(cause.before.threshold)
-    if cause.name != UNKNOWN and cause.before.noise > 0 and limit > 0:
-        yield charts.fall(cause.before.noise, cause.after.noise, limit)
+    if cause.before.noise <= limit:
+        limit = min(cause.before.threshold)
+    if cause.before.noise > 0 and limit > 0:
+        drawn = charts.fall(cause.before.noise, cause.after.noise, limit)
+        caption = f"Multiples of the noise; shaded: within the limit of {number(limit)}"
+        yield tag("figure", drawn, tag("figcaption", caption))
 
 
-def _names(taps: list[str] | tuple[str, ...] | object) -> Markup:
-    assert isinstance(taps, list | tuple)
+def _names(taps: Sequence[str]) -> Markup:
     shown = join(map(name, taps[:SHOWN]), ", ")
     if len(taps) <= SHOWN:
         return shown
@@ -155,12 +164,13 @@ def _outcome(report: Report) -> Iterator[Markup]:
         text = "Nothing behind it was examined: it could not be taken out of the way."
         yield from _fact("Behind it", escape(text))
         return
-    rungs = join((tag("code", rung.name) for rung in after.rungs if rung.verdict == "pass"), ", ")
     word = tag("strong", after.verdict.upper(), class_=after.verdict)
-    if after.verdict == "pass":
-        said = join([". The rungs ", rungs, " agree."])
+    rungs = join((tag("code", rung.name) for rung in after.rungs if rung.verdict == "pass"), ", ")
+    said = join([". The rungs ", rungs, " agree."]) if rungs else escape(".")
+    broken = after.broken
+    if broken is not None and broken.first is not None:
+        said = join([" at ", name(wording.place(broken.name, broken.first)), f" in the rung {broken.name}."])
+    if any(cause.name == UNKNOWN for cause in report.causes):
+        yield from _fact("Behind it", join([wording.repaired(report), ": ", word, said]))
     else:
-        broken = after.broken
-        at = name(wording.place(broken.name, broken.first)) if broken and broken.first else escape("")
-        said = join([" in the rung ", tag("code", broken.name), ": ", at, "."]) if broken else escape(".")
-    yield from _fact(wording.repaired(report), join([word, said]))
+        yield from _fact(wording.repaired(report), join([word, said]))

@@ -20,7 +20,7 @@ ASKS = {
     "loss": "Is the loss of each token the same?",
     "gradients": "Is the gradient of each parameter?",
     "optimizer": "Are the parameters after some steps?",
-    "decode": "Do cached steps and greedy tokens agree?",
+    "decode": "Does cached decoding agree?",
 }
 """The rungs in causal order, and what each asks."""
 MAPS = {
@@ -84,7 +84,7 @@ def _climbed(rung: str, was: RungResult | None, after: RungResult | None, *, bot
     cells = [
         tag("th", tag("code", rung), tag("small", ASKS.get(rung, "")), scope="row"),
         tag("td", _verdict(was)),
-        tag("td", _verdict(after)) if both else "",
+        tag("td", _verdict(after), class_="repaired") if both else "",
         tag("td", f"{said.seconds:.1f} s", class_="figure"),
         tag("td", *_summaries(was, after), class_="what"),
     ]
@@ -120,7 +120,9 @@ def maps(report: Report) -> Markup:
     keys = [heat_map.key(kind) for kind in sorted(measured, reverse=True)]
     figures = tag("div", *(heat_map.render(*item) for item in drawn), class_="figures")
     hint = tag("p", "Point at a cell, or walk through a map with the arrow keys, to read its numbers.", class_="hint")
-    return section("Where it differs", *keys, figures, hint, *map(_broken, report.rungs))
+    return section(
+        "Where it differs" if report.broken else "Layer by layer", *keys, figures, hint, *map(_broken, report.rungs)
+    )
 
 
 def _broken(rung: RungResult) -> Markup:
@@ -170,8 +172,8 @@ def _residual(report: Report, cause: Cause, residual: Residual) -> Markup:
     title = tag("h3", name(wording.origin(report, cause)))
     said = [tag("li", prose(wording.sentence(text))) for text in residual.sentences]
     shape = " × ".join(f"{axis} {size:,}" for axis, size in zip(residual.profiles, residual.shape, strict=False))
-    numbers = f"Shape {shape}. Nearest multiple of the truth: {number(residual.scale, 4)}; "
-    numbers += f"correlation with it: {number(residual.correlation, 4)}."
+    numbers = f"Shape {shape}. Nearest multiple of the truth: {number(residual.scale, 6)}; "
+    numbers += f"correlation with it: {number(residual.correlation, 6)}."
     axes = zip(residual.profiles.items(), residual.shape, strict=False)
     profiles = [_profile(axis, values, size) for (axis, values), size in axes if len(values) > 1]
     drawn = tag("div", *profiles, class_="profiles") if profiles else ""

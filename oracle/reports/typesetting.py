@@ -44,5 +44,5 @@ def prose(text: str) -> Markup:
 
 
 def name(text: str) -> Markup:
-    """A tap or a parameter, which may break behind its dots."""
-    return tag("code", join(text.split("."), Markup(".<wbr>"))) if text else escape("–")
+    """A tap or a parameter."""
+    return tag("code", text) if text else escape("–")

@@ -21,8 +21,9 @@ def size(rung: str, found: Finding) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital first and a full stop last."""
-    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "…", "!", "?")) else ".")
+    """With a capital first, unless that is a name such as a file's, and a full stop last."""
+    is_word = text.partition(" ")[0].strip(",:;").isalpha()
+    return (text[:1].upper() if is_word else text[:1]) + text[1:] + ("" if text.endswith((".", "…", "!", "?")) else ".")
 
 
 def place(rung: str, found: Finding) -> str:
@@ -44,12 +45,26 @@ def proof(cause: Cause) -> str:
     before, after = cause.before, cause.after
     if cause.name == UNKNOWN:
         return "No known repair undoes it."
-    if before.problem and not before.aggregate and (before.error in (0.0, float("inf")) or after.error == before.error):
+    if before.problem and not before.noise and (before.error in (0.0, float("inf")) or after.error == before.error):
         return sentence(f"{cause.change} this is gone: {before.problem}")
     falls = f"{cause.change} the error falls from {before.error:.2g} to {after.error:.2g}"
     if before.noise:
         falls += f", from {before.noise:.2g} to {after.noise:.2g} times the noise"
     return sentence(falls)
+
+
+LOOK = {
+    "ids": "jaxgpt/tokenizer.py and jaxgpt/chat.py",
+    "bits": "jaxgpt/weights.py, the table of names and layouts, and the importer jaxgpt/formats/hf.py",
+    "statistics": "the file the weights came from, and jaxgpt/weights.py",
+    "operators": "the function of this op in jaxgpt/ops.py, the parameters and the config fields that it reads",
+    "forward": "jaxgpt/taps.py, which says what each op reads: by itself every op is right",
+    "loss": "jaxgpt/loss.py, and the targets and masks of jaxgpt/data/batches.py",
+    "gradients": "jaxgpt/train_step.py: dropout, accumulation and what the loss is divided by",
+    "optimizer": "jaxgpt/optimizer.py: schedule, clipping and decay",
+    "decode": "jaxgpt/cache.py and the cached forward of jaxgpt/model.py: without a cache the model is right",
+}
+"""Where to look when all that is known is the rung that broke first."""
 
 
 def standing(cause: Cause) -> str:
