@@ -1,119 +1,114 @@
 """Where the limits come from: clean runs, of which the largest ratios are stored.
 
-Models of both families, tiny ones and ones of real width, in every dtype, over
-seeds, compiled and op by op. A limit is `FACTOR` times the largest ratio that any
-clean run of that op, dtype and rung reached; an op that was always exact (a
-reshape, a lookup) must stay exact.
+A limit is the factor times the largest ratio that any clean run of that op, dtype and
+rung reached; an op that was always exact (a reshape, a lookup) must stay exact. Every
+run is written to a file beside the calibration as it ends, so that a calibration that
+was interrupted goes on where it stopped.
 """
 
+import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 
-from oracle import ladder, models, noise
-from oracle.comparison import Comparison
-from oracle.reference import DTYPES, Reference
-from oracle.results import Finding, Report
-from oracle.rungs import decode, environment, forward, operators
+import jaxgpt
+import oracle
+import torchref
+from oracle import clean, clean_workers, limits, noise
+from oracle.rungs import environment
 
 FACTOR = 4.0
-"""From the largest clean ratio to the limit. Clean ratios vary by about two between
-seeds; the faults of `oracle.faults` are beyond a hundred in bf16, and 1e6 in fp32."""
-SEEDS = 8
-WIDE_SEEDS = 2
+"""From the largest clean ratio to the limit: `limits.headroom` says what it leaves."""
+QUICK_FACTOR = 8.0
+"""The same for a quick plan, which has seen less."""
+WORKERS = 2
 
 
-@dataclass(frozen=True)
-class Run:
-    """One clean run."""
-
-    model: str
-    dtype: str
-    seed: int
-    jit: bool
-
-
-def plan() -> Iterator[Run]:
-    """Every run; op by op (without jit) once for each family, without the decode rung."""
-    for dtype in DTYPES:
-        yield from (Run(name, dtype, 0, jit=False) for name in ("gpt2", "llama"))
-        yield from (Run(name, dtype, seed, jit=True) for name in models.MODELS for seed in range(SEEDS))
-        yield from (Run(name, dtype, seed, jit=True) for name in models.WIDE for seed in range(WIDE_SEEDS))
-
-
-def carry_out(run: Run) -> Report:
-    """One clean comparison without limits."""
-    with TemporaryDirectory() as place:
-        folder = models.write((models.MODELS | models.WIDE)[run.model], Path(place), run.dtype, run.seed)
-        reference = Reference.load(folder, run.dtype)
-        candidate = models.candidate(folder, run.dtype)
-        comparison = Comparison(candidate, reference, folder, folder, ladder.uncalibrated(), run.seed)
-        rungs = [operators.NAME, forward.NAME, *([decode.NAME] if run.jit else [])]
-        with jax.disable_jit(not run.jit):
-            return ladder.climb(comparison, everything=True, rungs=rungs)
-
-
-Maxima = dict[str, dict[str, dict[str, list[float]]]]
-
-
-def widen(maxima: Maxima, dtype: str, report: Report) -> None:
-    """Take a clean run's ratios into the maxima.
+def calibrate(out: Path = noise.CALIBRATION, *, quick: bool = False) -> Iterator[str]:
+    """Carry out a plan, or what is left of it, and write the file; yields a line per run.
 
     Raises:
-        AssertionError: the run was not clean (a shape, a mask or a boolean differs).
+        NotClean: a run found a difference that needs no limit to be one.
     """
-    for rung in report.rungs:
-        ops = maxima.setdefault(rung.name, {}).setdefault(dtype, {})
-        for finding in rung.findings:
-            assert finding.ok, (rung.name, finding)
-            if finding.op not in _UNMEASURED:
-                _widen(ops, finding)
+    runs = clean.quick_plan() if quick else clean.full_plan()
+    header = {"environment": setting(), "code": fingerprint()}
+    beside = out.with_suffix(".runs.jsonl")
+    done = _resume(beside, header)
+    wanted = {run.name for run in runs}
+    yield f"{len(runs)} clean runs, {len(done.keys() & wanted)} of them in {beside.name}"
+    left = [run for run in runs if run.name not in done]
+    number = len(runs) - len(left)
+    with beside.open("a") as file:
+        for record in clean_workers.records(left, _processes(len(left))):
+            done[record["run"]] = record
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            number += 1
+            yield f"{number}/{len(runs)}  {record['run']:<60} {record['seconds']:6.1f} s  {record['largest']}"
+    records = [done[run.name] for run in runs]
+    document = limits.document(records, QUICK_FACTOR if quick else FACTOR)
+    write(out, {**document, "plan": "quick" if quick else "full", "environment": header["environment"]})
+    yield from limits.lines(document)
 
 
-_UNMEASURED = ("attention_mask", "greedy")
-"""Compared exactly, or by the limits of another op."""
+def _processes(runs: int) -> int:
+    """A GPU is not shared; nor is it worth while to start processes for a few runs."""
+    return min(WORKERS, os.cpu_count() or 1) if runs > WORKERS and jax.default_backend() == "cpu" else 1
 
 
-def _widen(ops: dict[str, list[float]], finding: Finding) -> None:
-    limits = ops.setdefault(finding.op, [0.0, 0.0])
-    limits[0], limits[1] = max(limits[0], finding.aggregate), max(limits[1], finding.worst)
+def write(out: Path, document: dict[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    partial.replace(out)
 
 
-def calibrate(path: Path = noise.CALIBRATION) -> Iterator[str]:
-    """Carry out the plan and write the file; yields a line per run."""
-    maxima: Maxima = {}
-    runs = list(plan())
-    for number, run in enumerate(runs, start=1):
-        report = carry_out(run)
-        widen(maxima, run.dtype, report)
-        rung, worst = max(
-            ((rung.name, finding) for rung in report.rungs for finding in rung.findings), key=lambda item: item[1].noise
-        )
-        place = f"{worst.noise:.2f} {rung} {worst.tap} {worst.where}"
-        yield f"{number}/{len(runs)}  {run.model:<32} {run.dtype:<9} seed {run.seed} jit={run.jit}  largest {place}"
-    path.write_text(json.dumps(_document(maxima, runs), indent=1, sort_keys=True) + "\n")
+# -- Resuming --------------------------------------------------------------------------
 
 
-def _document(maxima: Maxima, runs: list[Run]) -> dict[str, Any]:
-    rounded = {
-        rung: {dtype: {op: [_up(value) for value in limits] for op, limits in ops.items()} for dtype, ops in by.items()}
-        for rung, by in maxima.items()
-    }
-    return {
-        "version": 1,
-        "factor": FACTOR,
-        "environment": {**environment.versions(), "python": platform.python_version(), "machine": platform.machine()},
-        "runs": [f"{run.model} {run.dtype} seed={run.seed} jit={run.jit}" for run in runs],
-        "models": models.MODELS | models.WIDE,
-        "maxima": rounded,
-    }
+def _resume(path: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Records of an earlier calibration by the same code in the same environment; otherwise a fresh file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    # A line that was being written when the power failed is no record.
+    values = [value for line in lines if (value := _json(line)) is not None]
+    kept = values[1:] if values and values[0] == json.loads(json.dumps(header)) else []
+    path.write_text("".join(json.dumps(value) + "\n" for value in (header, *kept)))
+    return {record["run"]: record for record in kept}
 
 
-def _up(value: float) -> float:
-    return float(f"{value:.4g}")
+def _json(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def fingerprint() -> str:
+    """Of the code whose noise is measured."""
+    digest = hashlib.sha256()
+    for package in (jaxgpt, torchref, oracle):
+        root = Path(package.__file__ or "").parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def setting() -> dict[str, Any]:
+    """Versions and machine, for the file."""
+    return {**environment.versions(), "machine": platform.machine(), **_cpu()}
+
+
+def _cpu() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return {"cpu": platform.processor()}
+    pairs = [line.partition(":") for line in info.read_text().splitlines()]
+    values = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+    wide = ("avx", "fma", "amx", "asimd", "sve")
+    features = sorted(flag for flag in values.get("flags", values.get("Features", "")).split() if flag.startswith(wide))
+    return {"cpu": values.get("model name", platform.processor()), "cpu_features": features}

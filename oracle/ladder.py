@@ -17,7 +17,7 @@ from oracle.site import Site
 Rung = Callable[[Comparison], RungResult]
 
 LADDER: dict[str, Rung] = {
-    environment.NAME: lambda c: environment.run(c.candidate, c.reference, c.sequences()),
+    environment.NAME: lambda c: environment.run(c.candidate, c.reference, c.sequences(), c.calibration),
     ids.NAME: ids.run,
     bits.NAME: lambda c: bits.run(c.candidate, c.export, c.source),
     statistics.NAME: statistics.run,

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.errors import InputError, first
 from oracle.results import Inconclusive
 
 CALIBRATION = Path(__file__).with_name("calibration.json")
@@ -201,6 +202,10 @@ class Calibration:
         return self.factor * aggregate, self.factor * worst
 
 
+RECALIBRATE = "`python -m oracle calibrate --quick --out FILE` measures it here; pass --calibration FILE"
+"""The remedy, where the stored limits are those of another environment."""
+
+
 @cache
 def stored_calibration() -> Calibration:
     """The calibration that comes with the oracle.
@@ -210,5 +215,45 @@ def stored_calibration() -> Calibration:
     """
     if not CALIBRATION.exists():
         raise Inconclusive(f"{CALIBRATION.name} is missing; run `python -m oracle calibrate`")
-    stored = json.loads(CALIBRATION.read_text())
-    return Calibration(stored["factor"], stored["maxima"], stored["environment"])
+    return load(CALIBRATION)
+
+
+def load(path: Path) -> Calibration:
+    """A calibration file.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        stored = json.loads(path.read_text())
+        calibration = Calibration(float(stored["factor"]), stored["maxima"], stored["environment"])
+        missing = [key for key in IDENTITY if not isinstance(calibration.environment.get(key), str)]
+    except OSError as error:
+        raise InputError(
+            f"cannot read the calibration {path}: {error.strerror}; `python -m oracle calibrate --out {path}` makes one"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a calibration; `python -m oracle calibrate --out FILE` makes one") from error
+    if missing:
+        raise InputError(f"the calibration {path} does not say its {first(missing)}; make it again")
+    return calibration
+
+
+IDENTITY = ("backend", "jax", "torch")
+"""What of an environment decides its noise: another backend, or another minor version of either framework."""
+
+
+def staleness(calibrated: Mapping[str, Any], running: Mapping[str, Any]) -> str:
+    """How the environment of a calibration differs from the running one so that its limits mean nothing; or ""."""
+    if not calibrated:  # made in memory, for this run
+        return ""
+    differing = [key for key in IDENTITY if _minor(str(calibrated.get(key))) != _minor(str(running[key]))]
+    if not differing:
+        return ""
+    was, now = ([f"{key} {place.get(key)}" for key in differing] for place in (calibrated, running))
+    return f"the noise was calibrated with {', '.join(was)}, this is {', '.join(now)}: {RECALIBRATE}"
+
+
+def _minor(version: str) -> str:
+    """`2.13` of `2.13.0+cpu`; a name as it is."""
+    return ".".join(version.split(".")[:2])

@@ -1,16 +1,21 @@
 """Rung environment: can a comparison here mean anything?
 
-Full-precision matrix products on both sides, no dropout, and each side repeats
-itself bit for bit; otherwise every further answer would be inconclusive.
+Noise that was calibrated with these versions on this backend, full-precision matrix
+products on both sides, no dropout, and each side repeats itself bit for bit;
+otherwise every further answer would be inconclusive.
 """
 
+import importlib.metadata
+import platform
 from typing import Any
 
 import jax
 import numpy as np
 import torch
 
+from oracle import noise
 from oracle.candidate import Candidate
+from oracle.noise import Calibration
 from oracle.probe import Probe
 from oracle.reference import Reference
 from oracle.results import RungResult
@@ -18,10 +23,11 @@ from oracle.results import RungResult
 NAME = "environment"
 
 
-def run(candidate: Candidate, reference: Reference, probe: Probe) -> RungResult:
+def run(candidate: Candidate, reference: Reference, probe: Probe, calibration: Calibration) -> RungResult:
     """No findings: the rung passes or is inconclusive."""
-    problems = [*precision_problems(), *_repetition_problems(candidate, reference, probe)]
-    summary = "matrix products at full precision, dropout off, both sides repeat bit for bit"
+    stale = noise.staleness(calibration.environment, versions())
+    problems = [stale] if stale else [*precision_problems(), *_repetition_problems(candidate, reference, probe)]
+    summary = "noise calibrated here, matrix products at full precision, dropout off, both sides repeat bit for bit"
     return RungResult(NAME, [], problems[0] if problems else summary, inconclusive="; ".join(problems))
 
 
@@ -59,8 +65,11 @@ def _repetition_problems(candidate: Candidate, reference: Reference, probe: Prob
 def versions() -> dict[str, Any]:
     """What ran: for the report and beside the calibration."""
     return {
+        "python": platform.python_version(),
         "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
     }

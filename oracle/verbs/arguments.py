@@ -4,10 +4,15 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgpt.errors import InputError
+
+if TYPE_CHECKING:
+    from oracle.noise import Calibration
+    from oracle.reports.outcome import Outcome
 
 
 def add_comparison(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +22,33 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
     parser.add_argument("--html", type=Path, metavar="FILE", help="and here as one page for a browser")
+    add_ci(parser)
+    add_calibration(parser)
     parser.add_argument("--all", action="store_true", help="go on after the first broken rung")
     parser.add_argument("--seed", type=int, default=0, help="of the probe inputs")
+
+
+def add_ci(parser: argparse.ArgumentParser) -> None:
+    """What a CI system reads."""
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the answer as JUnit XML")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="append it as Markdown ($GITHUB_STEP_SUMMARY)")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Where the limits come from."""
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="limits from here, not those that are stored")
+
+
+def calibration(arguments: argparse.Namespace) -> "Calibration":
+    """The limits that were asked for.
+
+    Raises:
+        InputError: the file is no calibration.
+        Inconclusive: none was named, and none is stored.
+    """
+    from oracle import noise
+
+    return noise.load(arguments.calibration) if arguments.calibration else noise.stored_calibration()
 
 
 def check_comparison(arguments: argparse.Namespace) -> None:
@@ -30,8 +60,15 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     require_torch()
     require_parent("--json", arguments.json)
     require_parent("--html", arguments.html)
+    check_ci(arguments)
     if arguments.seed < 0:
         raise InputError(f"--seed must be ≥ 0, got {arguments.seed}")
+
+
+def check_ci(arguments: argparse.Namespace) -> None:
+    """Raises InputError where the files of `add_ci` cannot be."""
+    require_parent("--junit", arguments.junit)
+    require_parent("--summary", arguments.summary)
 
 
 def require_torch() -> None:
@@ -72,3 +109,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """See `write_text`."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_ci(arguments: argparse.Namespace, outcomes: Sequence["Outcome"]) -> None:
+    """The files of `add_ci`, where they were asked for.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    from oracle.reports import junit, summary
+
+    if arguments.junit is not None:
+        write_text(arguments.junit, junit.render(outcomes))
+    if arguments.summary is not None:
+        summary.append(arguments.summary, summary.render(outcomes))

@@ -1,6 +1,7 @@
 """`compare`: the ladder, once."""
 
 import argparse
+import time
 from typing import Any
 
 from oracle.verbs import arguments as shared
@@ -21,14 +22,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
     """Compare, and look for the cause if asked to; print and write the report."""
-    from oracle import noise, subject
+    from oracle import ladder, subject
     from oracle.reports import page, terminal
+    from oracle.reports.outcome import Outcome
 
+    start = time.perf_counter()
     answer = subject.compare(
         arguments.checkpoint,
         arguments.reference,
         arguments.dtype,
-        noise.stored_calibration(),
+        shared.calibration(arguments),
         everything=arguments.all,
         seed=arguments.seed,
         diagnose=diagnose,
@@ -39,4 +42,7 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
         shared.write_json(arguments.json, answer.to_dict())
     if arguments.html is not None:
         shared.write_text(arguments.html, page.render(answer))
+    name = f"{arguments.checkpoint.name} {arguments.dtype}"
+    outcome = Outcome(name, answer, time.perf_counter() - start, rungs=tuple(ladder.LADDER))
+    shared.write_ci(arguments, [outcome])
     return terminal.exit_code(answer)
