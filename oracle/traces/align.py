@@ -33,6 +33,8 @@ class Pair:
 class Alignment:
     """Every tap of both sides, in execution order."""
 
+    order: Sequence[str]
+    """All taps of A."""
     pairs: Sequence[Pair]
     """In the order of A."""
     only_a: Sequence[str]
@@ -69,7 +71,7 @@ def align(a: Sequence[str], b: Sequence[str], rules: Sequence[Rule] = ()) -> Ali
     _refuse_sharing(pairs)
     taken = {pair.b for pair in pairs} | waived_b
     only_b = [name for name in b if name not in taken]
-    return Alignment(pairs, only_a, only_b, [*waived, *(name for name in b if name in waived_b)], wanted)
+    return Alignment(a, pairs, only_a, only_b, [*waived, *(name for name in b if name in waived_b)], wanted)
 
 
 def _refuse_sharing(pairs: Sequence[Pair]) -> None:

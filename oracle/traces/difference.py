@@ -43,6 +43,15 @@ class Difference:
         """The findings of taps that both sides have, in the order of A."""
         return self.report.rungs[0].findings[: len(self.alignment.pairs)]
 
+    def before_first(self) -> tuple[int, int]:
+        """In front of the first difference: how many pairs agree, how many of A's taps have no partner."""
+        found = self.first
+        if found is None:
+            return len(self.pairs), len(self.alignment.only_a)
+        agree = next(i for i, finding in enumerate(self.pairs) if finding is found)
+        earlier = self.alignment.order[: self.alignment.order.index(found.tap)]
+        return agree, len(set(earlier).intersection(self.alignment.only_a))
+
     @property
     def missing(self) -> Sequence[Finding]:
         """The findings of taps that one side lacks."""

@@ -21,13 +21,18 @@ def verdict(difference: Difference) -> str:
     count = len(difference.pairs)
     found = difference.first
     if found is not None:
-        before = next(i for i, finding in enumerate(difference.pairs) if finding is found)
-        clean = f"the {before} taps before it agree" if before else "it is the first tap in order"
-        return f"FAIL. First divergence: {_named(found)} ({clean}). {_size(found, difference.unit)}"
+        return f"FAIL. First divergence: {_named(found)} ({_before(difference)}). {_size(found, difference.unit)}"
     if difference.missing:
         names = listed([finding.tap for finding in difference.missing])
         return f"FAIL. All {count} pairs agree, but these taps have no partner: {names}."
     return f"PASS. No difference beyond noise in {count} taps."
+
+
+def _before(difference: Difference) -> str:
+    """What is known of the taps in front of the first divergence."""
+    agree, without = difference.before_first()
+    known = f"the {agree} compared before it agree" if agree else "nothing before it was compared"
+    return known + (f", {without} before it have no partner" if without else "")
 
 
 def _named(finding: Finding) -> str:

@@ -74,9 +74,13 @@ def _trace(arguments: argparse.Namespace) -> "Trace":
 
 def _ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        ids = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--prompt-ids takes whole numbers between commas, got {text!r}") from None
+    outside = [i for i in ids if abs(i) >= 2**31]
+    if outside:
+        raise InputError(f"--prompt-ids: token {outside[0]} is outside every vocabulary")
+    return ids
 
 
 def _called(name: str) -> "Trace":
