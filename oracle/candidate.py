@@ -23,6 +23,7 @@ from jaxgpt.ops import FUNCTIONS, OpFunction
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.taps import Op, Wiring, ops
 from oracle.text import Text
+from oracle.training import Training
 
 ForwardPass = Callable[..., model.Output]
 """Signature of `jaxgpt.model.forward`."""
@@ -35,7 +36,8 @@ class Unrunnable(Exception):
 
 
 @contextmanager
-def _unrunnable(what: str) -> Generator[None, None, None]:
+def unrunnable(what: str) -> Generator[None, None, None]:
+    """What does not fit together in the candidate is raised as `Unrunnable`, in one line."""
     try:
         yield
     except (TypeError, ValueError, IndexError) as error:
@@ -61,6 +63,8 @@ class Candidate:
     """Ids from here on are padding of the vocabulary; None if all are real."""
     text: Text | None = None
     """Tokenizer and template; None for a model of ids only."""
+    training: Training = Training()
+    """How it trains."""
 
     @cached_property
     def params(self) -> dict[str, jax.Array]:
@@ -87,7 +91,7 @@ class Candidate:
             Unrunnable: shapes that do not fit together.
         """
         given = (self.params, *map(jnp.asarray, (ids, positions, segments)))
-        with _unrunnable("forward"):
+        with unrunnable("forward"):
             taps = _forward(self.config, self._replacements, self.forward_pass, *given)
         # The output of a jitted function is a sorted dict; order is that of the table.
         return {op.tap: taps[op.tap] for op in ops(self.config)}
@@ -99,7 +103,7 @@ class Candidate:
             Unrunnable: shapes that do not fit together.
         """
         parameters = model.leaves(self.params, op.parameters) if op.parameters else {}
-        with _unrunnable("op"):
+        with unrunnable("op"):
             return _jitted(self.function(op))(self.config, parameters, *map(jnp.asarray, inputs))
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
@@ -117,7 +121,7 @@ class Candidate:
             Unrunnable: shapes that do not fit together.
         """
         given = (self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
-        with _unrunnable("cached forward"):
+        with unrunnable("cached forward"):
             taps, cache = _advance(self.config, self._replacements, self.step, *given)
         return {op.tap: taps[op.tap] for op in ops(self.config, Wiring(cached=True))}, cache
 
@@ -135,7 +139,7 @@ class Candidate:
         )
         rows = [generate.Row(list(ids), count, 0) for ids, count in zip(prompts, new_tokens, strict=True)]
         tokens: list[list[int]] = [[] for _ in rows]
-        with _unrunnable("generator"):
+        with unrunnable("generator"):
             for chunk in generator.stream(rows, GenerationSettings(temperature=0.0)):
                 for row, new in zip(tokens, chunk, strict=True):
                     row.extend(new)

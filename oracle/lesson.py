@@ -1,0 +1,213 @@
+"""One lesson for both sides: what the training rungs put to the candidate, and the reference's answers to it."""
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from jaxgpt import train_step
+from jaxgpt.data.batches import Batch
+from jaxgpt.settings import TrainSettings
+from jaxgpt.train_step import StepReport, TrainState
+from oracle import training_probe, training_reference
+from oracle.candidate import Candidate, unrunnable
+from oracle.comparison import Comparison
+from oracle.reference import Reference
+from oracle.training_probe import Corpus
+from oracle.training_reference import Arrays, State
+from torchref import Decoder, training
+
+Grouped = Sequence[Sequence[training.Batch]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A candidate, and what it is asked."""
+
+    candidate: Candidate
+    corpus: Corpus
+    settings: TrainSettings
+    """The reference's: what was agreed on."""
+
+    @property
+    def own_settings(self) -> TrainSettings:
+        """The candidate's, with rows that fit its context."""
+        return training_probe.settings_for(self.candidate.config, self.candidate.training.settings)
+
+    @property
+    def master(self) -> dict[str, Any]:
+        """The parameters in float32, rounded to the compute dtype as the reference's are."""
+        return {name: jnp.asarray(array, jnp.float32) for name, array in self.candidate.params.items()}
+
+    def own_batches(self) -> Sequence[Batch]:
+        """The candidate's micro-batches."""
+        with unrunnable("packing"):
+            return self.candidate.training.batches(self.corpus, self.own_settings)
+
+    def token_losses(self, batch: training.Batch) -> np.ndarray:
+        """The candidate's, dropout off although the config has rates: that is the losses' own business."""
+        config = training_probe.with_dropout(self.candidate.config)
+        arrays = {name: jnp.asarray(array) for name, array in _items(batch)}
+        with unrunnable("loss"):
+            return np.asarray(self.candidate.training.losses(config, self.master, arrays, self.candidate.dtype))
+
+    def gradients(self, batches: Sequence[training.Batch]) -> tuple[float, dict[str, np.ndarray]]:
+        """The candidate's mean loss over micro-batches and its gradient; training has dropout, so the rates are 0."""
+        config = training_probe.without_dropout(self.candidate.config)
+        state = TrainState(self.master, (), jnp.int32(0), _key(self.own_settings))
+        given = config, self.own_settings, self.candidate.dtype, state, _stacked(batches)
+        with unrunnable("gradient"):
+            loss, gradients = self.candidate.training.gradients(*given)
+            return float(loss), {name: np.asarray(array) for name, array in gradients.items()}
+
+    def steps(self, groups: Grouped, clip_norm: float, count: int) -> list[tuple[dict[str, np.ndarray], StepReport]]:
+        """The candidate's parameters after each step, in float32; `clip_norm` is the unit of the settings' own."""
+        config = training_probe.without_dropout(self.candidate.config)
+        settings = scaled(self.own_settings, clip_norm)
+        stacks = [_stacked(group) for group in groups]
+        answers: list[tuple[dict[str, np.ndarray], StepReport]] = []
+        with unrunnable("training step"):
+            state = train_step.initial_state(self.master, settings)
+            for number in range(count):
+                stack = stacks[number % len(stacks)]
+                state, report = self.candidate.training.step(config, settings, "float32", state, stack)
+                # The next step uses up the state's buffers.
+                answers.append(({name: np.array(array) for name, array in state.params.items()}, report))
+        return answers
+
+
+def scaled(settings: TrainSettings, clip_norm: float) -> TrainSettings:
+    """Settings whose clip norm is in multiples of `clip_norm`."""
+    return dataclasses.replace(settings, clip_norm=settings.clip_norm * clip_norm)
+
+
+def _key(settings: TrainSettings) -> Any:
+    return jax.random.key_data(jax.random.key(settings.seed))
+
+
+def _items(batch: training.Batch) -> list[tuple[str, np.ndarray]]:
+    arrays: Any = training_reference.as_product(batch)
+    return list(arrays.items())
+
+
+def _stacked(batches: Sequence[training.Batch]) -> Any:
+    return train_step.stacked([training_reference.as_product(batch) for batch in batches])
+
+
+# -- The lesson of a comparison --------------------------------------------------------
+
+
+def whole(comparison: Comparison) -> Lesson:
+    """The model as it is."""
+    return _lesson(comparison.candidate, comparison.real_ids, comparison.seed)
+
+
+def part(comparison: Comparison) -> Lesson:
+    """The first layer and first ids of a large model; a small one as it is."""
+    if not training_probe.is_large(comparison.candidate.config):
+        return whole(comparison)
+    config = training_probe.part_of(comparison.candidate.config)
+    ids = config.vocab_size
+    stored = {
+        name: array[:ids] if name in ("embed.tokens.weight", "head.weight") else array
+        for name, array in comparison.candidate.stored.items()
+        if not name.startswith("layers.") or name.startswith("layers.0.")
+    }
+    candidate = dataclasses.replace(comparison.candidate, config=config, stored=stored)
+    return _lesson(candidate, min(comparison.real_ids, ids), comparison.seed)
+
+
+def _lesson(candidate: Candidate, real_ids: int, seed: int) -> Lesson:
+    corpus = training_probe.corpus(candidate.config, real_ids, seed + 2)
+    return Lesson(candidate, corpus, training_probe.settings_for(candidate.config, training_probe.SETTINGS))
+
+
+# -- The reference's answers -----------------------------------------------------------
+
+
+def micro_batches(lesson: Lesson) -> list[training.Batch]:
+    """The reference's."""
+    return training_reference.micro_batches(lesson.corpus, lesson.settings)
+
+
+def groups(lesson: Lesson) -> Grouped:
+    """Its micro-batches, as many as belong to a step at a time."""
+    batches, size = micro_batches(lesson), lesson.settings.accumulate
+    return [batches[start : start + size] for start in range(0, len(batches), size)]
+
+
+def gradient_batches(lesson: Lesson) -> list[training.Batch]:
+    """The micro-batches of one gradient: all of them; of a large model the last, which holds episodes and padding."""
+    batches = micro_batches(lesson)
+    return batches[-1:] if training_probe.is_large(lesson.candidate.config) else batches
+
+
+@contextmanager
+def one_thread() -> Generator[None, None, None]:
+    """For small models: torch's threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=2)
+def gradients(
+    reference: Reference, corpus: Corpus, settings: TrainSettings
+) -> tuple[tuple[float, Arrays], tuple[float, Arrays]]:
+    """Truth's and peer's mean loss and gradient over all micro-batches of a small model."""
+    batches = training_reference.micro_batches(corpus, settings)
+    with one_thread():
+        truth, peer = (
+            training_reference.gradients(model.decoder, batches) for model in (reference.truth, reference.peer)
+        )
+    return truth, peer
+
+
+@dataclass(frozen=True)
+class Course:
+    """The reference's steps."""
+
+    clip_norm: float
+    """Gradient norm of the first step, the unit of the settings' clip norm."""
+    start: Arrays
+    truth: Sequence[State]
+    peer: Sequence[State]
+
+    @property
+    def clipped(self) -> int:
+        """Steps whose gradient was longer than the clip norm."""
+        limit = self.clip_norm * training_probe.SETTINGS.clip_norm
+        return sum(state.report.grad_norm >= limit for state in self.truth)
+
+
+@lru_cache(maxsize=2)
+def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettings) -> Course:
+    """Truth's and peer's steps, the peer's in float32; `ids` is 0 for the whole model, else the part's vocabulary."""
+    batches = training_reference.micro_batches(corpus, settings)
+    size = settings.accumulate
+    grouped = [batches[start : start + size] for start in range(0, len(batches), size)]
+    truth, peer = (_model(model.decoder, ids) for model in (reference.truth, reference.peer))
+    with one_thread():
+        _, first = training.gradients(truth, grouped[0])
+        norm = float(f"{training.global_norm(first):.3g}")
+        states = [
+            training_reference.steps(
+                training_reference.trainer(model, scaled(settings, norm), dtype), grouped, settings.steps
+            )
+            for model, dtype in ((truth, torch.float64), (peer, torch.float32))
+        ]
+    return Course(norm, training_reference.named(dict(truth.named_parameters())), *states)
+
+
+def _model(decoder: Decoder, ids: int) -> Decoder:
+    return training_reference.part_of(decoder, ids) if ids else decoder

@@ -1,0 +1,134 @@
+"""Rung loss: what a batch holds, the loss of every token, and the mean that is trained on.
+
+Batches must be equal wherever they mean something: ids, positions at tokens, targets
+where they are trained. The losses are then those of the reference's batches, so that
+a wrong batch blames the batch alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from oracle import lesson, noise, training_noise, training_reference
+from oracle.compare import Judge
+from oracle.comparison import Comparison
+from oracle.lesson import Lesson
+from oracle.reference import Model
+from oracle.results import Finding, RungResult
+from oracle.training_noise import Unit
+from oracle.training_reference import Arrays
+from torchref import training
+
+NAME = "loss"
+BATCH = "batch."
+"""Prefix of the taps of batches."""
+TOKENS = "loss.tokens"
+MEAN = "loss.mean"
+
+ARRAYS = ("ids", "targets", "mask", "positions", "segments")
+
+
+def run(comparison: Comparison) -> RungResult:
+    """The five arrays of the batches, per-token losses of each micro-batch, the mean loss."""
+    asked = lesson.whole(comparison)
+    batches = lesson.micro_batches(asked)
+    findings = batch_findings(asked, batches)
+    judge = comparison.judge(NAME)
+    reference = comparison.reference
+    errors: list[float] = []
+    for number, batch in enumerate(batches, start=1):
+        triple = [asked.token_losses(batch), *(_losses(model, batch) for model in (reference.truth, reference.peer))]
+        where = f"micro-batch {number} of {len(batches)}"
+        findings.append(_token_finding(judge, triple, batch, where))
+        errors.append(training_noise.rms(_trained(triple[2], batch) - _trained(triple[1], batch)))
+    findings.append(_mean_finding(comparison, asked, max(errors)))
+    return RungResult(NAME, findings, _summary(findings, batches))
+
+
+def _summary(findings: Sequence[Finding], batches: Sequence[training.Batch]) -> str:
+    trained = ", ".join(str(batch.trained) for batch in batches)
+    error = max(finding.error for finding in findings if not finding.tap.startswith(BATCH))
+    return f"{len(batches)} micro-batches with {trained} trained tokens; largest relative error of a loss {error:.1e}"
+
+
+# -- Batches ---------------------------------------------------------------------------
+
+
+def batch_findings(asked: Lesson, batches: Sequence[training.Batch]) -> list[Finding]:
+    """One finding for each array of a batch, over all micro-batches."""
+    ours: Sequence[Any] = asked.own_batches()
+    theirs = [dict(_items(batch)) for batch in batches]
+    if len(ours) != len(theirs):
+        problem = f"{len(ours)} micro-batches, the reference makes {len(theirs)}"
+        return [Finding(BATCH + name, name, ok=False, problem=problem) for name in ARRAYS]
+    return [_batch_finding(name, ours, theirs) for name in ARRAYS]
+
+
+def _items(batch: training.Batch) -> list[tuple[str, np.ndarray]]:
+    arrays: Any = training_reference.as_product(batch)
+    return list(arrays.items())
+
+
+def _batch_finding(name: str, ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> Finding:
+    problems = [_difference(name, a, b) for a, b in zip(ours, theirs, strict=True)]
+    number = next((number for number, problem in enumerate(problems) if problem), None)
+    if number is None:
+        return Finding(BATCH + name, name, ok=True)
+    where = f"micro-batch {number + 1} of {len(ours)}"
+    return Finding(BATCH + name, name, ok=False, error=1.0, where=where, problem=problems[number])
+
+
+def _difference(name: str, ours: Arrays, theirs: Arrays) -> str:
+    if name not in ours:
+        return "the candidate's batch has no such array"
+    mine, true = np.asarray(ours[name]), theirs[name]
+    if mine.shape != true.shape:
+        return f"shape {list(mine.shape)}, the reference has {list(true.shape)}"
+    # The mask and the segments say what means something; padding and untrained targets mean nothing.
+    matters = {"ids": theirs["segments"] > 0, "positions": theirs["segments"] > 0, "targets": theirs["mask"] > 0}
+    wrong = (mine != true) & matters.get(name, np.ones(true.shape, bool))
+    if not wrong.any():
+        return ""
+    row, place = (int(index) for index in np.argwhere(wrong)[0])
+    first = f"{mine[row, place]:g}, the reference has {true[row, place]:g}"
+    return f"{int(wrong.sum()):,} of {wrong.size:,} entries differ, first in row {row} at place {place}: {first}"
+
+
+# -- Losses ----------------------------------------------------------------------------
+
+
+def _losses(model: Model, batch: training.Batch) -> np.ndarray:
+    return training_reference.token_losses(model.decoder, batch)
+
+
+def _trained(losses: np.ndarray, batch: training.Batch) -> np.ndarray:
+    return losses[batch.mask.numpy() > 0].astype(np.float64)
+
+
+def _token_finding(judge: Judge, triple: Sequence[np.ndarray], batch: training.Batch, where: str) -> Finding:
+    ours, truth, peer = triple
+    if ours.shape != truth.shape:
+        problem = f"shape {list(ours.shape)}, the reference has {list(truth.shape)}"
+        return Finding(TOKENS, "token_losses", ok=False, where=where, problem=problem)
+    ours, truth, peer = (_trained(losses, batch) for losses in triple)
+    measured = training_noise.measure(ours, truth, peer, Unit(noise.EPSILON[judge.dtype]))
+    return judge.of(TOKENS, "token_losses", measured, where)
+
+
+def _mean_finding(comparison: Comparison, asked: Lesson, token_error: float) -> Finding:
+    """Of the micro-batches of one step; a mean may be right by luck, so the noise is that of one token at least."""
+    batches = lesson.gradient_batches(asked)
+    loss, _ = asked.gradients(batches)
+    models = comparison.reference.truth, comparison.reference.peer
+    truth, peer = (np.array([_mean([_losses(model, batch) for batch in batches], batches)]) for model in models)
+    unit = Unit(noise.EPSILON["float32"], noise=token_error)
+    measured = training_noise.measure(np.array([loss]), truth, peer, unit)
+    where = f"{len(batches)} micro-batches in one step"
+    return comparison.judge(NAME).of(MEAN, "mean_loss", measured, where)
+
+
+def _mean(losses: Sequence[np.ndarray], batches: Sequence[training.Batch]) -> float:
+    """Summed, then divided once."""
+    total = sum(_trained(values, batch).sum() for values, batch in zip(losses, batches, strict=True))
+    return float(total) / max(1, sum(batch.trained for batch in batches))

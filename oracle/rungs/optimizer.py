@@ -1,0 +1,115 @@
+"""Rung optimizer: 20 steps with accumulation, warm-up, decay of the rate, weight decay and clipping.
+
+Adam divides by the root of the second moment, so an element whose gradient is zero to
+within rounding moves by a whole learning rate in a direction that rounding decides.
+Errors are therefore weighed, element by element, with the smallest number that the
+truth has divided that element by so far: what is compared is, up to the learning rate,
+the error in the units of the gradient. Compute is float32 in every dtype: master
+weights and moments are float32 always, and bfloat16's rounding of the gradients, which
+the rung before measures, would be amplified in the same way.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxgpt.train_step import StepReport
+from oracle import lesson, noise, training_noise, training_probe
+from oracle.compare import Judge
+from oracle.comparison import Comparison
+from oracle.lesson import Course
+from oracle.noise import Ratios
+from oracle.results import Finding, RungResult
+from oracle.training_noise import Unit
+from oracle.training_reference import Arrays
+
+NAME = "optimizer"
+LEARNING_RATE = "learning_rate"
+COMPARED = (1, 2, 4, 8, 20)
+"""Steps after which parameters are compared: one shows the update, two the moments, all the schedule."""
+EPSILON = noise.EPSILON["float32"]
+
+Answers = Sequence[tuple[Arrays, StepReport]]
+
+
+def run(comparison: Comparison) -> RungResult:
+    """The learning rate of each step, and after some of them every parameter."""
+    asked = lesson.part(comparison)
+    large = training_probe.is_large(comparison.candidate.config)
+    ids = asked.candidate.config.vocab_size if large else 0
+    course = lesson.course(comparison.reference, ids, asked.corpus, asked.settings)
+    answers = asked.steps(lesson.groups(asked), course.clip_norm, asked.settings.steps)
+    judge = comparison.judge(NAME)
+    findings: list[Finding] = []
+    divisors: Arrays = {}
+    for number in range(1, len(course.truth) + 1):
+        latest = course.truth[number - 1].divisors
+        divisors = {name: np.minimum(divisors.get(name, values), values) for name, values in latest.items()}
+        findings.append(_rate_finding(judge, course, answers, number))
+        if number in COMPARED:
+            step = _Step(course, answers, number, divisors)
+            findings += step.findings(judge)
+    return RungResult(NAME, findings, _summary(course, answers, findings, large))
+
+
+def _rate_finding(judge: Judge, course: Course, answers: Answers, number: int) -> Finding:
+    truth = np.array([course.truth[number - 1].report.learning_rate])
+    ours = np.array([float(answers[number - 1][1].learning_rate)])
+    # Relative to the highest: at the end of a decay to zero nothing is left to be relative to.
+    highest = max(state.report.learning_rate for state in course.truth)
+    measured = training_noise.measure(ours, truth, truth.astype(np.float32), Unit(EPSILON, highest, EPSILON * highest))
+    return judge.of(LEARNING_RATE, LEARNING_RATE, measured, f"step {number}")
+
+
+@dataclass(frozen=True)
+class _Step:
+    course: Course
+    answers: Answers
+    number: int
+    divisors: Arrays
+    """The smallest so far."""
+
+    @property
+    def update(self) -> float:
+        """‖Δθ‖ of the truth, over all parameters."""
+        truth = self.course.truth[self.number - 1].parameters
+        return _norm({name: truth[name] - start for name, start in self.course.start.items()})
+
+    def findings(self, judge: Judge) -> Iterator[Finding]:
+        """One per parameter, in the order of the model."""
+        truth, peer = (states[self.number - 1].parameters for states in (self.course.truth, self.course.peer))
+        ours, update = self.answers[self.number - 1][0], self.update
+        for name, true in truth.items():
+            leaf, where = name.rpartition(".")[2], f"step {self.number}"
+            if name not in ours:
+                yield Finding(name, leaf, ok=False, where=where, problem="the candidate has no such parameter")
+                continue
+            yield judge.of(name, leaf, self._measured(name, ours[name], true, peer[name], update), where)
+
+    def _measured(self, name: str, ours: np.ndarray, truth: np.ndarray, peer: np.ndarray, update: float) -> Ratios:
+        if ours.shape != truth.shape:
+            return training_noise.measure(ours, truth, peer, Unit(EPSILON))
+        weight, start = self.divisors[name], self.course.start[name]
+        rounding = EPSILON * training_noise.rms(weight * truth)
+        moved = [weight * (values.astype(np.float64) - start) for values in (ours, truth, peer)]
+        measured = training_noise.measure(moved[0], moved[1], moved[2], Unit(EPSILON, noise=rounding))
+        error = float(np.linalg.norm(ours.astype(np.float64) - truth)) / update
+        return Ratios(error, measured.aggregate, measured.worst, measured.problem)
+
+
+def _norm(arrays: Arrays) -> float:
+    return float(sum(float(np.square(array).sum()) for array in arrays.values()) ** 0.5)
+
+
+def _summary(course: Course, answers: Answers, findings: Sequence[Finding], large: bool) -> str:
+    count = len(course.truth)
+    last = _Step(course, answers, count, {})
+    zero = [name for name, divisor in course.truth[0].divisors.items() if training_noise.rms(divisor) < 1.01e-8]
+    truth, ours = course.truth[-1].parameters, answers[-1][0]
+    same = [name for name in truth if name not in zero and name in ours and ours[name].shape == truth[name].shape]
+    error = _norm({name: ours[name].astype(np.float64) - truth[name] for name in same}) / last.update
+    rate = max(finding.error for finding in findings if finding.tap == LEARNING_RATE)
+    text = f"{count} steps, {course.clipped} of them clipped: error {error:.1e} of the global ‖Δθ‖, rates {rate:.1e}"
+    text += f" (without {len(zero)} parameters whose gradient is zero in truth)" if zero else ""
+    return text + ("; a large model: its first layer and first ids only, with moments of their own" if large else "")
