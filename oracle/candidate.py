@@ -63,7 +63,7 @@ class Candidate:
     """Ids from here on are padding of the vocabulary; None if all are real."""
     text: Text | None = None
     """Tokenizer and template; None for a model of ids only."""
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
     """How it trains."""
 
     @cached_property
