@@ -170,6 +170,7 @@ class Browser:
         self.process = subprocess.Popen(
             ["bash", "-c", command, "bash", *arguments],
             pass_fds=(to_browser, from_browser),
+            env={**os.environ, "TMPDIR": str(profile)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -235,8 +236,9 @@ class Browser:
         return [str(e) for e in self.events if e.get("method") in said] + asked[1:]
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.session = ""
+        self.call("Browser.close")
+        self.process.wait(timeout=60)
         os.close(self.writer)
         os.close(self.reader)
 

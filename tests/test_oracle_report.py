@@ -164,6 +164,22 @@ def test_without_options_the_verb_prints_the_text(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out.startswith("PASS. ")
 
 
+def test_the_verb_writes_every_form_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = str(written(report_of(cause()), tmp_path))
+    html, junit, summary = (tmp_path / name for name in ("page.html", "junit.xml", "summary.md"))
+    assert main(["report", source, "--html", str(html), "--junit", str(junit), "--summary", str(summary)]) == 0
+    assert capsys.readouterr().out == ""
+    assert "FAIL" in Read(html.read_text(encoding="utf-8")).text
+    assert 'failures="1"' in junit.read_text()
+    assert summary.read_text().startswith("### Oracle: FAIL")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, long = str(written(report_of(), tmp_path)), "n" * 300
+    assert main(["report", source, "--html", str(tmp_path / long)]) == 2
+    assert "cannot be written: File name too long; name another file\n" in capsys.readouterr().err
+
+
 Change = Callable[[dict[str, Any]], Any]
 
 

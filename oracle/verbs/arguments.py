@@ -3,8 +3,10 @@
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +81,9 @@ def require_torch() -> None:
 
 def require_parent(option: str, path: Path | None) -> None:
     """Raises InputError where a file to be written has no folder to be in, or is one."""
-    if path is not None and not path.parent.is_dir():
+    if path is not None and not os.path.isdir(path.parent):
         raise InputError(f"{option}: the folder {path.parent} does not exist; create it first")
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         raise InputError(f"{option}: {path} is a folder; name a file in it")
 
 
@@ -102,7 +104,8 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror or error}; name another file") from error
 
 
