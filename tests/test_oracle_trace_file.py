@@ -63,6 +63,10 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path):
     with pytest.raises(InputError, match="bad is complex64, which a trace cannot hold; convert or exclude it"):
         save(Trace({"bad": np.zeros(2, np.complex64)}), tmp_path / "b.trace")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder cannot be written: "):
+        save(TRACE, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_names_that_would_not_survive_a_terminal_are_refused():

@@ -21,7 +21,7 @@ import numpy as np
 from jaxgpt.errors import InputError
 from oracle import noise
 from oracle.compare import HIDDEN
-from oracle.noise import Ratios, Triple
+from oracle.noise import Ratios
 from oracle.results import Finding
 from oracle.traces.trace import EXACT_KINDS, Trace, epsilon
 
@@ -159,5 +159,5 @@ def _ratios(candidate: np.ndarray, truth: np.ndarray, peer: np.ndarray, unit: fl
     if hidden.any():
         candidate, truth, peer = (np.where(hidden, 0, array) for array in versions)
     # At the tensor's scale: without a model there is no telling which rows are small by cancellation.
-    piece: Triple = (np.atleast_1d(candidate), np.atleast_1d(truth), np.atleast_1d(peer))
+    piece = np.atleast_1d(candidate), np.atleast_1d(truth), np.atleast_1d(peer)
     return noise.ratios([piece], unit, level=True)
