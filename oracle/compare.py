@@ -7,13 +7,15 @@ import numpy as np
 
 from jaxgpt.taps import Op
 from oracle import noise
-from oracle.noise import Calibration, Ratios, Triple
+from oracle.noise import Calibration, Ratios
 from oracle.results import Finding
 
 HIDDEN = -1e30
 """A masked score is below this: some programs use the dtype's minimum, some −∞."""
 
 QUERY_BY_SOURCE = ("mask", "attn.scores", "attn.masked", "attn.weights")
+WIDE = ("angles", "scores", "mask", "softmax", "head")
+"""Ops that answer in float32 whatever the compute dtype is."""
 HEADS_FIRST = ("attn.q_heads", "attn.k_heads", "attn.v_heads", "attn.q_rope", "attn.k_rope", "attn.context")
 CACHED = ("attn.keys", "attn.values")
 
@@ -81,6 +83,7 @@ class Judge:
         allowed: Sequence[np.ndarray] | None = None,
         where: str = "",
         unit: noise.Unit | None = None,
+        echoes: Sequence[Sequence[np.ndarray]] = (),
     ) -> Finding:
         """Compare a tap given in rows.
 
@@ -88,15 +91,17 @@ class Judge:
             allowed: for masked scores, where each row may attend; compared as a pattern,
                 and values only there.
             unit: the noise of the tap's earlier steps, where there were some.
+            echoes: the tap's rows in further draws of the noise.
         """
         problem = _pattern_problem(candidate, truth, peer, allowed)
         if problem or truth[0].dtype == np.bool_:
             return Finding(op.tap, op.function, ok=not problem, where=where, problem=problem)
-        # Some taps are wider than the compute dtype: scores, weights, logits.
-        epsilon = noise.EPSILON[str(candidate[0].dtype)]
+        # Some taps are wider than the compute dtype: scores, weights, logits. None may be narrower.
+        wide = "float32" if op.function in WIDE else self.dtype
+        epsilon = min(noise.EPSILON[str(candidate[0].dtype)], noise.EPSILON[wide])
         if allowed is not None:
-            candidate, truth, peer = (_only(rows, allowed) for rows in (candidate, truth, peer))
-        pieces: list[Triple] = list(zip(candidate, truth, peer, strict=True))
+            candidate, truth, peer, *echoes = (_only(rows, allowed) for rows in (candidate, truth, peer, *echoes))
+        pieces = list(zip(candidate, truth, peer, *echoes, strict=True))
         measured = noise.ratios(pieces, epsilon, level=allowed is not None, unit=unit)
         return self.of(op.tap, op.function, measured, where)
 

@@ -2,8 +2,9 @@
 
 Truth is the reference in float64; the peer is the reference in the candidate's
 dtype, so its distance from the truth is what rounding costs an honest
-implementation. The candidate's distance is divided by it, with a floor of one ulp
-at the tensor's scale for tensors that the peer happens to hit exactly.
+implementation. Echoes are further draws of the same noise (`oracle.echo`). The
+candidate's distance is divided by the largest of theirs, with a floor of one ulp at
+the tensor's scale for tensors that they happen to hit exactly.
 
 Two ratios are formed and neither rescues the other: over the whole tensor, and at
 the worst position, where each row (last axis) is measured at its own scale so that
@@ -45,7 +46,7 @@ class Ratios:
 class _Sums:
     truth: float = 0.0
     candidate: float = 0.0
-    peer: float = 0.0
+    peers: list[float] = field(default_factory=list)
     candidate_worst: float = 0.0
     peer_worst: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -79,11 +80,11 @@ class Unit:
         return (self.peer / self.truth) ** 0.5 if self.truth else 0.0
 
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Candidate, truth and peer of one piece of a tensor, of equal shape."""
+Versions = Sequence[np.ndarray]
+"""Candidate, truth, peer and any echoes of one piece of a tensor, of equal shape."""
 
 
-def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False, unit: Unit | None = None) -> Ratios:
+def ratios(pieces: Sequence[Versions], epsilon: float, *, level: bool = False, unit: Unit | None = None) -> Ratios:
     """Compare a tensor given in pieces (for example the rows of a ragged batch).
 
     `epsilon` is that of the candidate's dtype. A value that is not finite on any
@@ -91,7 +92,7 @@ def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False, uni
     of the whole tensor at least, where a row may hold a single number (masked scores).
     `unit`: the noise of earlier tensors of the same tap, to which this one's is added.
     """
-    peak = max((float(np.abs(truth).max()) for _, truth, _ in pieces if truth.size), default=0.0)
+    peak = max((float(np.abs(truth).max()) for _, truth, *_ in pieces if truth.size), default=0.0)
     sums = _Sums()
     for piece in pieces:
         for chunk in _chunks(piece):
@@ -100,10 +101,11 @@ def ratios(pieces: Sequence[Triple], epsilon: float, *, level: bool = False, uni
         return Ratios(float("inf"), float("inf"), float("inf"), sums.problems[0])
     norm = sums.truth**0.5
     unit = unit or Unit()
-    unit.add(sums.truth, sums.peer, sums.peer_worst)
+    peer = max(sums.peers, default=0.0)
+    unit.add(sums.truth, peer, sums.peer_worst)
     return Ratios(
         error=_quotient(sums.candidate**0.5, norm),
-        aggregate=_quotient(sums.candidate**0.5, max(sums.peer**0.5, unit.relative * norm, epsilon * norm)),
+        aggregate=_quotient(sums.candidate**0.5, max(peer**0.5, unit.relative * norm, epsilon * norm)),
         worst=_quotient(sums.candidate_worst, max(unit.worst, epsilon)),
     )
 
@@ -112,46 +114,49 @@ def _quotient(value: float, by: float) -> float:
     return value / by if by else (0.0 if value == 0.0 else float("inf"))
 
 
-def _chunks(piece: Triple) -> Iterator[Triple]:
+def _chunks(piece: Versions) -> Iterator[list[np.ndarray]]:
     width = piece[1].shape[-1]
-    candidate, truth, peer = (array.reshape(-1, width) for array in piece)
+    flat = [array.reshape(-1, width) for array in piece]
     rows = max(1, CHUNK // max(1, width))
-    for start in range(0, len(truth), rows):
-        part = slice(start, start + rows)
-        yield candidate[part], truth[part], peer[part]
+    for start in range(0, len(flat[1]), rows):
+        yield [array[start : start + rows] for array in flat]
 
 
-def _accumulate(sums: _Sums, chunk: Triple, smallest: float) -> None:
-    candidate, truth, peer = (array.astype(np.float64) for array in chunk)
-    for side, array in (("candidate", candidate), ("reference in float64", truth), ("reference", peer)):
-        if not np.isfinite(array).all():
-            sums.problems.append(f"the {side} has NaN or infinite values")
+def _accumulate(sums: _Sums, chunk: Versions, smallest: float) -> None:
+    candidate, truth, *peers = (array.astype(np.float64) for array in chunk)
+    named = [("candidate", candidate), ("reference in float64", truth), *(("reference", peer) for peer in peers)]
+    sums.problems += [f"the {side} has NaN or infinite values" for side, array in named if not np.isfinite(array).all()]
     if sums.problems:
         return
     scale = np.maximum(np.abs(truth).max(axis=-1, keepdims=True), max(smallest, np.finfo(np.float64).tiny))
-    candidate, peer = np.abs(candidate - truth), np.abs(peer - truth)
+    candidate = np.abs(candidate - truth)
     sums.truth += float(np.square(truth).sum())
     sums.candidate += float(np.square(candidate).sum())
-    sums.peer += float(np.square(peer).sum())
     sums.candidate_worst = max(sums.candidate_worst, float((candidate / scale).max()))
-    sums.peer_worst = max(sums.peer_worst, float((peer / scale).max()))
+    sums.peers = sums.peers or [0.0] * len(peers)
+    for index, error in enumerate(np.abs(peer - truth) for peer in peers):
+        sums.peers[index] += float(np.square(error).sum())
+        sums.peer_worst = max(sums.peer_worst, float((error / scale).max()))
 
 
-def kl_ratios(pieces: Sequence[Triple], epsilon: float) -> tuple[Ratios, float]:
+def kl_ratios(pieces: Sequence[Versions], epsilon: float) -> tuple[Ratios, float]:
     """Per-token KL(truth ‖ ·) of logits, and its largest value in nats.
 
     KL grows with the square of the error, so the ratios are of its square root: the
     mean over tokens, and the worst token. The floor is one ulp at the logits' scale.
     """
-    candidate = np.concatenate([_divergences(truth, logits) for logits, truth, _ in pieces])
-    peer = np.concatenate([_divergences(truth, logits) for _, truth, logits in pieces])
-    scale = max(float(np.abs(truth).max()) for _, truth, _ in pieces)
+    candidate, *peers = (
+        np.concatenate([_divergences(piece[1], piece[side]) for piece in pieces])
+        for side in range(len(pieces[0]))
+        if side != 1
+    )
+    scale = max(float(np.abs(truth).max()) for _, truth, *_ in pieces)
     floor = (epsilon * scale) ** 2
     largest = float(candidate.max())
     if not np.isfinite(candidate).all():
         return Ratios(float("inf"), float("inf"), float("inf"), "KL is not finite"), largest
-    aggregate = float(candidate.mean()) / max(float(peer.mean()), floor)
-    worst = largest / max(float(peer.max()), floor)
+    aggregate = float(candidate.mean()) / max(floor, *(float(peer.mean()) for peer in peers))
+    worst = largest / max(floor, *(float(peer.max()) for peer in peers))
     return Ratios(largest, aggregate**0.5, worst**0.5), largest
 
 

@@ -5,6 +5,7 @@ what it computes with: the rounding itself is no error of either. Whether the
 candidate's weights are the right ones is the business of the rung bits.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torchref
 from jaxgpt.errors import InputError
 from jaxgpt.taps import Op
 from oracle import streaming
+from oracle.echo import ECHOES, OnTap, echo, silent
 from oracle.probe import Probe
 from torchref import Cache, Decoder
 
@@ -34,10 +36,10 @@ class Model:
 
     decoder: Decoder
 
-    def stream(self, probe: Probe) -> streaming.Taps:
+    def stream(self, probe: Probe, on_tap: OnTap = silent) -> streaming.Taps:
         """The taps of one free-running forward, as they are computed."""
         inputs = {"positions": _ints(probe.positions), "segments": _ints(probe.segments)}
-        return streaming.stream(lambda taps: self._forward(_ints(probe.ids), taps=taps, **inputs))
+        return streaming.stream(lambda taps: self._forward(_ints(probe.ids), taps=taps, **inputs), on_tap)
 
     def run_op(self, op: Op, inputs: Sequence[np.ndarray | None]) -> np.ndarray:
         """One op on given inputs, computed in this model's dtype."""
@@ -59,11 +61,11 @@ class Model:
         return to_numpy(self._forward(_ints(ids)))
 
     def advance(
-        self, ids: np.ndarray, positions: np.ndarray, real: np.ndarray, past: Cache | None
+        self, ids: np.ndarray, positions: np.ndarray, real: np.ndarray, past: Cache | None, on_tap: OnTap = silent
     ) -> tuple[dict[str, torch.Tensor], Cache]:
         """All taps of one cached forward, and the cache after it; `real` is false for padding."""
         past = self.decoder.empty_cache(len(ids)) if past is None else past
-        taps: dict[str, torch.Tensor] = {}
+        taps = _Changing(on_tap)
         self._forward(
             _ints(ids), positions=_ints(positions), attention_mask=torch.from_numpy(real), past=past, taps=taps
         )
@@ -75,8 +77,27 @@ class Model:
             return self.decoder(ids, **given)
 
 
+class _Changing(dict[str, torch.Tensor]):
+    """The `taps` argument of a forward whose values may be changed before they are read."""
+
+    def __init__(self, on_tap: OnTap):
+        super().__init__()
+        self._on_tap = on_tap
+
+    def __setitem__(self, tap: str, value: torch.Tensor) -> None:
+        self._on_tap(tap, value)
+        super().__setitem__(tap, value)
+
+
 def _ints(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array, np.int64))
+
+
+def _in_float64(decoder: Decoder) -> Decoder:
+    """A copy with the same weights in float64, made without a second one in the old dtype."""
+    # What `deepcopy` finds in its memo it takes for copied already; tied parameters stay tied.
+    wide = {id(parameter): torch.nn.Parameter(parameter.detach().double()) for parameter in decoder.parameters()}
+    return copy.deepcopy(decoder, {**wide})
 
 
 @dataclass(frozen=True)
@@ -95,10 +116,13 @@ class Reference:
         """
         try:
             peer = torchref.load(folder, DTYPES[dtype])
-            truth = torchref.load(folder, DTYPES[dtype]).double()
         except torchref.LoadError as error:
             raise InputError(f"the reference cannot load {folder}: {error}") from error
-        return cls(Model(truth), Model(peer))
+        return cls(Model(_in_float64(peer)), Model(peer))
+
+    def draws(self, probe: Probe) -> list[streaming.Taps]:
+        """Streams of the peer and of its echoes: draws of what rounding costs."""
+        return [self.peer.stream(probe), *(self.peer.stream(probe, echo(number)) for number in range(ECHOES))]
 
     @property
     def in_training_mode(self) -> bool:

@@ -12,6 +12,8 @@ from threading import Event, Thread
 
 import torch
 
+from oracle.echo import OnTap, silent
+
 Taps = Generator[tuple[str, torch.Tensor], None, None]
 Item = tuple[str, torch.Tensor] | BaseException | None
 
@@ -23,11 +25,12 @@ class _Closed(BaseException):
 class _Sink(dict[str, torch.Tensor]):
     """The `taps` argument of a forward: what is stored in it is handed on, not kept."""
 
-    def __init__(self, queue: "Queue[Item]", closed: Event):
+    def __init__(self, queue: "Queue[Item]", closed: Event, on_tap: OnTap):
         super().__init__()
-        self._queue, self._closed = queue, closed
+        self._queue, self._closed, self._on_tap = queue, closed, on_tap
 
     def __setitem__(self, tap: str, value: torch.Tensor) -> None:
+        self._on_tap(tap, value)
         self.hand_on((tap, value))
 
     def hand_on(self, item: Item) -> None:
@@ -39,11 +42,11 @@ class _Sink(dict[str, torch.Tensor]):
         raise _Closed
 
 
-def stream(forward: Callable[[dict[str, torch.Tensor]], object]) -> Taps:
+def stream(forward: Callable[[dict[str, torch.Tensor]], object], on_tap: OnTap = silent) -> Taps:
     """The (tap, value) pairs that `forward(taps)` stores, in the order it does; its exceptions are raised here."""
     queue: Queue[Item] = Queue(maxsize=1)
     closed = Event()
-    sink = _Sink(queue, closed)
+    sink = _Sink(queue, closed, on_tap)
 
     def work() -> None:
         with suppress(_Closed):

@@ -20,6 +20,7 @@ from jaxgpt.taps import Op, Wiring, ops
 from oracle import noise
 from oracle.candidate import Candidate, Unrunnable, right_padded
 from oracle.compare import Judge, Window
+from oracle.echo import ECHOES, echo, silent
 from oracle.probe import DecodeProbe, Forced
 from oracle.reference import Model, Reference, to_numpy
 from oracle.results import Finding, RungResult, Token
@@ -64,34 +65,38 @@ class _Sides:
         self.judge = judge
         self.ops = ops(candidate.config, Wiring(cached=True))
         self.lengths = lengths
-        self.models = (truth, peer)
-        self.pasts: list[Any] = [None, None]
+        self.models = [(truth, silent), (peer, silent), *((peer, echo(number)) for number in range(ECHOES))]
+        self.pasts: list[Any] = [None] * len(self.models)
         self.units: dict[str, noise.Unit] = defaultdict(noise.Unit)
 
     def compare(self, taps: dict[str, Any], step: int, forced: Forced) -> list[Finding]:
         """All taps of one forward on the real tokens."""
         where = ", ".join(filter(None, (forced.label, f"step {step}" if step else "prefill")))
         ours, theirs = self._windows(step)
-        truth, peer = self._advance(step, forced)
+        sides = self._advance(step, forced)
         findings: list[Finding] = []
         allowed: list[np.ndarray] | None = None
         for op in self.ops:
-            if op.tap not in truth or op.tap not in peer:
+            if any(op.tap not in side for side in sides):
                 findings.append(self.judge.missing(op, "reference", where))
                 continue
             array = np.asarray(taps[op.tap])
-            rows = (
-                ours.rows(op.tap, array),
-                theirs.rows(op.tap, truth[op.tap]),
-                theirs.rows(op.tap, peer[op.tap]),
-            )
+            truth, peer, *echoes = [theirs.rows(op.tap, side[op.tap]) for side in sides]
             if op.function == "attention_mask":
-                allowed = rows[1]
+                allowed = truth
                 findings += self._padding(op, ours.padding_is_hidden(array), where)
-            masked = allowed if op.function == "mask" else None
-            unit = self.units[op.tap]
-            findings.append(self.judge.finding(op, *rows, allowed=masked, where=where, unit=unit))
-        unknown = truth.keys() - {op.tap for op in self.ops}
+            finding = self.judge.finding(
+                op,
+                ours.rows(op.tap, array),
+                truth,
+                peer,
+                allowed=allowed if op.function == "mask" else None,
+                where=where,
+                unit=self.units[op.tap],
+                echoes=echoes,
+            )
+            findings.append(finding)
+        unknown = sides[0].keys() - {op.tap for op in self.ops}
         return findings + [self.judge.missing(Op(tap, "", ()), "candidate", where) for tap in sorted(unknown)]
 
     def _padding(self, op: Op, hidden: bool, where: str) -> list[Finding]:
@@ -108,7 +113,7 @@ class _Sides:
             return Window(one, sources[0]), Window(one, sources[1])
         return Window(sources[0], sources[0]), Window(sources[1], sources[1])
 
-    def _advance(self, step: int, forced: Forced) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _advance(self, step: int, forced: Forced) -> list[dict[str, np.ndarray]]:
         width = int(self.lengths.max())
         pads = width - self.lengths
         if step:
@@ -120,10 +125,10 @@ class _Sides:
             ids = np.array([[*[0] * int(pad), *prompt] for pad, prompt in rows])
             positions = np.maximum(np.arange(width)[None] - pads[:, None], 0)
         sides: list[dict[str, np.ndarray]] = []
-        for index, side in enumerate(self.models):
-            taps, self.pasts[index] = side.advance(ids, positions, real, self.pasts[index])
+        for index, (side, on_tap) in enumerate(self.models):
+            taps, self.pasts[index] = side.advance(ids, positions, real, self.pasts[index], on_tap)
             sides.append({tap: to_numpy(value) for tap, value in taps.items()})
-        return sides[0], sides[1]
+        return sides
 
 
 # -- Greedy tokens ---------------------------------------------------------------------

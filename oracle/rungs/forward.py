@@ -1,6 +1,7 @@
 """Rung forward: both models run freely on the same ids, every tap compared, then the KL of the logits."""
 
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 import numpy as np
 
@@ -21,36 +22,35 @@ def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) 
     taps = candidate.forward(probe.ids, probe.positions, probe.segments)
     findings: list[Finding] = []
     allowed: list[np.ndarray] = []
-    with closing(reference.truth.stream(probe)) as truths, closing(reference.peer.stream(probe)) as peers:
-        truth_reader, peer_reader = Reader(truths), Reader(peers)
+    with ExitStack() as stack:
+        streams = [reference.truth.stream(probe), *reference.draws(probe)]
+        truth, *draws = [Reader(stack.enter_context(closing(items))) for items in streams]
         for op in ops(candidate.config):
-            truth, peer = truth_reader.take(op.tap), peer_reader.take(op.tap)
-            if truth is None or peer is None:
+            theirs = [reader.take(op.tap) for reader in (truth, *draws)]
+            if any(value is None for value in theirs):
                 findings.append(judge.missing(op, "reference"))
                 continue
-            versions = np.asarray(taps.pop(op.tap)), to_numpy(truth), to_numpy(peer)
+            versions = [np.asarray(taps.pop(op.tap)), *(to_numpy(value) for value in theirs if value is not None)]
             if op.function == "attention_mask":
                 allowed = [versions[1]]
             findings.append(_finding(op, versions, allowed, judge))
             if op.tap == "logits":
                 findings.append(kl_finding(*versions, judge=judge))
-        findings += [judge.missing(Op(tap, "", ()), "candidate") for tap in truth_reader.rest()]
+        findings += [judge.missing(Op(tap, "", ()), "candidate") for tap in truth.rest()]
     return RungResult(NAME, findings, _summary(findings))
 
 
-def _finding(
-    op: Op, versions: tuple[np.ndarray, np.ndarray, np.ndarray], allowed: list[np.ndarray], judge: Judge
-) -> Finding:
-    ours, truth, peer = versions
+def _finding(op: Op, versions: Sequence[np.ndarray], allowed: list[np.ndarray], judge: Judge) -> Finding:
+    ours, truth, peer, *echoes = ([version] for version in versions)
     masked = allowed if op.function == "mask" else None
-    return judge.finding(op, [ours], [truth], [peer], allowed=masked)
+    return judge.finding(op, ours, truth, peer, allowed=masked, echoes=echoes)
 
 
-def kl_finding(ours: np.ndarray, truth: np.ndarray, peer: np.ndarray, judge: Judge) -> Finding:
+def kl_finding(ours: np.ndarray, truth: np.ndarray, *peers: np.ndarray, judge: Judge) -> Finding:
     """Per-token KL(truth ‖ candidate); its `error` is the largest, in nats."""
-    if not ours.shape == truth.shape == peer.shape:
+    if any(other.shape != truth.shape for other in (ours, *peers)):
         return Finding("logits", "kl", ok=False, problem="not computed: the shapes differ")
-    measured, _ = noise.kl_ratios([(ours, truth, peer)], noise.EPSILON[judge.dtype])
+    measured, _ = noise.kl_ratios([(ours, truth, *peers)], noise.EPSILON[judge.dtype])
     return judge.of("logits", "kl", measured, where="KL per token")
 
 
