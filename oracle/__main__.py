@@ -1,6 +1,6 @@
 """`python -m oracle`: is this JAX model the model its weights came from, and if not, where and why not?
 
-Exit codes: 0 pass, 1 fail, 2 bad input or usage, 3 inconclusive, 4 the oracle itself broke.
+Exit codes: 0 pass, 1 fail, 2 bad input or usage, 3 inconclusive, 4 the oracle itself broke, 130 interrupted.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from oracle.results import Inconclusive
 
 VERBS = ("compare", "bisect", "calibrate", "equivalence", "report", "record", "diff")
 """One module each in `oracle.verbs`; they import JAX and torch only when they run."""
-BAD_INPUT, INCONCLUSIVE, BROKEN = 2, 3, 4
+BAD_INPUT, INCONCLUSIVE, BROKEN, INTERRUPTED = 2, 3, 4, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"oracle: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("oracle: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Inconclusive as error:
         print(f"INCONCLUSIVE. {error}.")
         return INCONCLUSIVE

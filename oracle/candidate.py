@@ -88,13 +88,12 @@ class Candidate:
         """All taps of one free-running forward, in execution order.
 
         Raises:
-            Unrunnable: shapes that do not fit together.
+            Unrunnable: shapes that do not fit together, or a tap that is not there.
         """
         given = (self.params, *map(jnp.asarray, (ids, positions, segments)))
         with unrunnable("forward"):
             taps = _forward(self.config, self._replacements, self.forward_pass, *given)
-        # The output of a jitted function is a sorted dict; order is that of the table.
-        return {op.tap: taps[op.tap] for op in ops(self.config)}
+        return _in_order(taps, ops(self.config), "forward")
 
     def run_op(self, op: Op, inputs: Sequence[np.ndarray]) -> jax.Array:
         """One op with this model's parameters on given inputs.
@@ -118,12 +117,12 @@ class Candidate:
         """All taps of one cached forward, and the cache after it.
 
         Raises:
-            Unrunnable: shapes that do not fit together.
+            Unrunnable: shapes that do not fit together, or a tap that is not there.
         """
         given = (self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
         with unrunnable("cached forward"):
             taps, cache = _advance(self.config, self._replacements, self.step, *given)
-        return {op.tap: taps[op.tap] for op in ops(self.config, Wiring(cached=True))}, cache
+        return _in_order(taps, ops(self.config, Wiring(cached=True)), "cached forward"), cache
 
     def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> list[list[int]]:
         """Each prompt's most likely continuation: through the real generator unless the model is altered.
@@ -157,6 +156,14 @@ class Candidate:
             for row, new in zip(tokens, ids[:, 0], strict=True):
                 row.append(int(new))
         return [row[:count] for row, count in zip(tokens, new_tokens, strict=True)]
+
+
+def _in_order(taps: Mapping[str, jax.Array], table: Sequence[Op], what: str) -> dict[str, jax.Array]:
+    """The output of a jitted function is a sorted dict; order is that of the table."""
+    lacking = next((op.tap for op in table if op.tap not in taps), None)
+    if lacking is not None:
+        raise Unrunnable(f"the {what} has no tap {lacking}")
+    return {op.tap: taps[op.tap] for op in table}
 
 
 Replacements = tuple[tuple[str, OpFunction], ...]

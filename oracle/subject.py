@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import jax.numpy as jnp
 
 from jaxgpt import checkpoint
 from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.errors import InputError
 from jaxgpt.formats import hf
-from oracle import diagnosis, ladder
+from oracle import diagnosis, ladder, memory, preconditions
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
@@ -60,23 +60,38 @@ def compare(
         progress: told the name of each rung before it runs, and "" at the end.
 
     Raises:
-        InputError: a checkpoint or a folder that cannot be used, or a config without a Hugging Face type.
+        InputError: a checkpoint or a folder that cannot be used or fits no common model, too little memory or
+            disk, or a config without a Hugging Face type.
     """
-    with TemporaryDirectory() as place:
+
+    def begins(name: str) -> None:
+        memory.release()
+        progress(name)
+
+    preconditions.check(directory, source, dtype)
+    with preconditions.temporary_folder() as place:
         export = Path(place, "export")
         progress("export")
         chosen = plant(_exported(directory, export, dtype))
         reference = Reference.load(source or export, dtype)
+        if source is not None:
+            preconditions.refuse_not_finite(reference, source)
         comparison = Comparison(chosen, reference, export, source, calibration, seed)
         climb = diagnosis.bisect if diagnose else ladder.climb
-        report = climb(comparison, everything=everything, progress=progress)
+        report = climb(comparison, everything=everything, progress=begins)
     progress("")
     return report
 
 
 def _exported(directory: Path, export: Path, dtype: str) -> Candidate:
     loaded = checkpoint.load(directory)
-    hf.write(loaded, export)
+    preconditions.require_space(export.parent, loaded)
+    try:
+        hf.write(loaded, export)
+    except InputError as error:
+        if " was not written: " in str(error):
+            raise InputError(f"{error}; {preconditions.MAKE_ROOM}") from error
+        raise
     return _candidate(loaded, dtype)
 
 

@@ -1,6 +1,7 @@
 """What several verbs share: the checkpoint and its reference, files to write, and whether torch is there."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -59,12 +60,12 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: torch is missing, or an argument no comparison can use.
     """
-    require_torch()
     require_parent("--json", arguments.json)
     require_parent("--html", arguments.html)
     check_ci(arguments)
     if arguments.seed < 0:
         raise InputError(f"--seed must be ≥ 0, got {arguments.seed}")
+    require_torch()
 
 
 def check_ci(arguments: argparse.Namespace) -> None:
@@ -74,9 +75,15 @@ def check_ci(arguments: argparse.Namespace) -> None:
 
 
 def require_torch() -> None:
-    """Raises InputError, saying what to install, where there is no torch."""
+    """Raises InputError, saying what to install, where there is no torch or one that cannot be imported."""
     if importlib.util.find_spec("torch") is None:
-        raise InputError("the oracle needs torch: pip install jaxgpt[oracle]")
+        raise InputError("the oracle needs torch: pip install '.[oracle]'")
+    try:
+        importlib.import_module("torch")
+    except Exception as error:
+        # A library that is missing, or built for another machine, raises whatever it likes.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"torch is installed but cannot be imported: {reason}; install it anew") from error
 
 
 def require_parent(option: str, path: Path | None) -> None:

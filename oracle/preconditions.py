@@ -1,0 +1,151 @@
+"""What must hold before anything heavy begins: the same kind of model on both sides, and memory for both."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jaxgpt import checkpoint
+from jaxgpt.array_files import in_bytes
+from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.config import ModelConfig, hf_model_type
+from jaxgpt.errors import InputError
+from oracle import memory
+from oracle.reference import DTYPES, Reference
+
+FAMILIES = {"gpt2": "gpt2", "llama": "llama", "qwen2": "llama"}
+"""By model type: tensors of one family have the same names and layouts."""
+REMEDY = "give --reference the folder that the checkpoint's weights came from"
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
+}
+"""Sizes that decide the shapes of tensors, with the names that config.json may give them."""
+
+
+def check(directory: Path, source: Path | None, dtype: str) -> None:
+    """Refuse what no comparison can be made of, from headers alone.
+
+    Args:
+        directory: the checkpoint.
+        source: the Hugging Face folder it is compared with, if any.
+        dtype: the compute dtype of candidate and peer.
+
+    Raises:
+        InputError: no such checkpoint, a folder of another model, or too little memory.
+    """
+    described = checkpoint.describe(directory)
+    config = ModelConfig.from_dict({key: described[key] for key in ModelConfig.__dataclass_fields__})
+    if source is not None:
+        _refuse_another_model(config, source)
+    _refuse_too_large(described["parameters"], dtype)
+
+
+# -- The same kind of model ------------------------------------------------------------
+
+
+def _refuse_another_model(config: ModelConfig, source: Path) -> None:
+    ours, found = hf_model_type(config), _config(source)
+    theirs = found.get("model_type")
+    if theirs not in FAMILIES:
+        raise InputError(f"{source} is a model of type {theirs!r}; the oracle knows {', '.join(FAMILIES)}")
+    if FAMILIES[theirs] != FAMILIES[ours]:
+        raise InputError(f"{source} is a {theirs} model, the checkpoint a {ours} model; {REMEDY}")
+    for name, keys in _SIZES.items():
+        size = next((found[key] for key in keys if found.get(key) is not None), None)
+        if size is not None and size != getattr(config, name):
+            raise InputError(f"{source} has {name} {_count(size)}, the checkpoint {getattr(config, name):,}; {REMEDY}")
+
+
+def _count(size: object) -> str:
+    return f"{size:,}" if isinstance(size, int) else repr(size)
+
+
+def _config(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        what = f"{source} has no config.json" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        raise InputError(f"{what}; --reference takes a Hugging Face model folder") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not readable JSON; restore it") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object; restore it")
+    return found
+
+
+def refuse_not_finite(reference: Reference, source: Path) -> None:
+    """Refuse a folder that no model could be compared with.
+
+    Raises:
+        InputError: a parameter of it holds NaN or infinity.
+    """
+    for name, parameter in reference.peer.decoder.named_parameters():
+        wrong = sum(int((~torch.isfinite(part)).sum()) for part in parameter.detach().reshape(-1).split(_PART))
+        if wrong:
+            raise InputError(f"{source}: {wrong:,} values of {name} are NaN or infinite; a reference must be whole")
+
+
+_PART = 1 << 22
+"""Values looked at at once."""
+
+
+# -- Room ------------------------------------------------------------------------------
+
+FIXED = 3 << 29
+"""Bytes that the programs, their compilers and the activations of a probe take, whatever the model."""
+MAKE_ROOM = "make room there, or set TMPDIR to a folder with more"
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _refuse_too_large(parameters: Mapping[str, Mapping[str, Any]], dtype: str) -> None:
+    """The candidate, the peer in its dtype, the truth in float64, and the files a second time for the rung bits."""
+    free = memory.available()
+    if free is None:
+        return
+    stored = sum(_count_of(p) * _WIDTH[p["dtype"]] for p in parameters.values())
+    count = sum(map(_count_of, parameters.values()))
+    computed = count * DTYPES[dtype].itemsize
+    cast = computed if any(p["dtype"] != dtype for p in parameters.values()) else 0
+    need = FIXED + 2 * stored + cast + computed + 8 * count
+    if need > free:
+        raise InputError(
+            f"comparing {count:,} parameters in {dtype} needs about {in_bytes(need)} of memory, {in_bytes(free)} are "
+            "free; close other programs, or compare on a larger machine"
+        )
+
+
+def _count_of(parameter: Mapping[str, Any]) -> int:
+    return math.prod(parameter["shape"])
+
+
+def temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    """Where the checkpoint is exported to.
+
+    Raises:
+        InputError: no such folder can be made.
+    """
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(f"no temporary folder can be made: {error.strerror}; {MAKE_ROOM}") from error
+
+
+def require_space(place: Path, loaded: Checkpoint) -> None:
+    """Before the checkpoint is exported.
+
+    Raises:
+        InputError: the disk of `place` has too little room for its weights.
+    """
+    need, free = sum(array.nbytes for array in loaded.params.values()), shutil.disk_usage(place).free
+    if need > free:
+        where = tempfile.gettempdir()
+        raise InputError(f"the export needs {in_bytes(need)} in {where}, {in_bytes(free)} are free; {MAKE_ROOM}")
