@@ -13,7 +13,7 @@ from typing import NoReturn
 from jaxgpt.errors import InputError
 from oracle.results import Inconclusive
 
-VERBS = ("compare", "bisect", "calibrate", "equivalence", "report", "record", "diff")
+VERBS = ("compare", "bisect", "calibrate", "equivalence", "faults", "report", "record", "diff")
 """One module each in `oracle.verbs`; they import JAX and torch only when they run."""
 BAD_INPUT, INCONCLUSIVE, BROKEN, INTERRUPTED = 2, 3, 4, 130
 

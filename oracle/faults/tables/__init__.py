@@ -1,0 +1,1 @@
+"""The rows of the catalogue, one table a kind of mistake."""

@@ -1,0 +1,420 @@
+"""Rows: wrong ops of attention. They must show in the rung operators, at the first op of their kind."""
+
+from math import gcd
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.ops import OpFunction
+from oracle.candidate import Candidate
+from oracle.faults import attention as a
+from oracle.faults import ops as o
+from oracle.faults.fault import Fault, Plant, at, has_rope, instead, is_grouped, is_learned, misread, query_tap
+
+OPS = "operators"
+ANGLES, MASK = "rope.angles", "mask"
+Q_HEADS, K_HEADS = "layers.0.attn.q_heads", "layers.0.attn.k_heads"
+SCORES, MASKED, WEIGHTS, CONTEXT = (f"layers.0.attn.{tap}" for tap in ("scores", "masked", "weights", "context"))
+
+
+def _masked_by(wrong: OpFunction) -> Plant:
+    """In every layer, by tap: `mask` is also the name of the tap that all layers share."""
+    return lambda candidate: instead(
+        {f"layers.{layer}.attn.masked": wrong for layer in range(candidate.config.num_hidden_layers)}
+    )(candidate)
+
+
+def _scaled(kind: str):
+    return lambda config: config.rope_scaling is not None and config.rope_scaling.rope_type == kind
+
+
+def _is_scaled(config: ModelConfig) -> bool:
+    return config.rope_scaling is not None
+
+
+def _several_heads(config: ModelConfig) -> bool:
+    return config.num_key_value_heads > 1
+
+
+def _free_width(config: ModelConfig) -> bool:
+    return config.num_attention_heads * config.head_dim != config.hidden_size
+
+
+def _ungrouped(config: ModelConfig, dtype: str) -> str:
+    if is_grouped(config):
+        return ""
+    return "one query head per key head, or one key head: repeating and tiling are the same"
+
+
+def _fewer_heads(candidate: Candidate) -> Candidate:
+    c = candidate.config
+    by = _common_factor(c)
+    return misread(
+        num_attention_heads=c.num_attention_heads // by,
+        num_key_value_heads=c.num_key_value_heads // by,
+        head_dim=c.head_dim * by,
+    )(candidate)
+
+
+def _common_factor(config: ModelConfig) -> int:
+    common = gcd(config.num_attention_heads, config.num_key_value_heads)
+    return next((factor for factor in (2, 3, 5) if common % factor == 0), 1)
+
+
+def _has_common_factor(config: ModelConfig) -> bool:
+    return _common_factor(config) > 1
+
+
+HEADS = (
+    Fault(
+        "number of heads",
+        "the model has another number of heads",
+        _fewer_heads,
+        OPS,
+        lambda config: ANGLES if has_rope(config) else Q_HEADS,
+        _has_common_factor,
+    ),
+    Fault(
+        "heads split without transposing",
+        "heads are split without transposing time and heads",
+        instead({"split_query_heads": a.split_without_transposing}),
+        OPS,
+        at(Q_HEADS),
+    ),
+    Fault(
+        "heads split width first",
+        "the width of the heads is split as (H, N)",
+        instead({"split_query_heads": a.split_width_first, "split_kv_heads": a.split_width_first}),
+        OPS,
+        at(Q_HEADS),
+    ),
+    Fault(
+        "key and value heads in another order",
+        "key and value heads are counted from the end",
+        instead({"split_kv_heads": a.split_in_reverse}),
+        OPS,
+        at(K_HEADS),
+        _several_heads,
+        place="op",
+    ),
+    Fault(
+        "queries normalised",
+        "the queries are normalised",
+        instead({"split_query_heads": a.split_and_normalised}),
+        OPS,
+        at(Q_HEADS),
+    ),
+    Fault(
+        "heads merged without transposing",
+        "heads are merged without transposing time and heads",
+        instead({"merge_heads": a.merged_without_transposing}),
+        OPS,
+        at("layers.0.attn.merged"),
+    ),
+)
+
+ROTATION = (
+    Fault("RoPE interleaved", "RoPE pairs are interleaved", instead({"rope": a.interleaved}), OPS, query_tap, has_rope),
+    Fault("RoPE backwards", "RoPE turns the wrong way", instead({"rope": a.backwards}), OPS, query_tap, has_rope),
+    Fault(
+        "RoPE sine and cosine exchanged",
+        "sine and cosine are exchanged",
+        instead({"rope": a.cosine_for_sine}),
+        OPS,
+        query_tap,
+        has_rope,
+    ),
+    Fault(
+        "RoPE on part of the head",
+        "RoPE turns half of the head's width",
+        instead({"rope": a.half_rotated}),
+        OPS,
+        query_tap,
+        has_rope,
+    ),
+    Fault(
+        "RoPE on keys only",
+        "queries are not rotated",
+        instead({"layers.1.attn.q_rope": o.identity}),
+        OPS,
+        at("layers.1.attn.q_rope"),
+        has_rope,
+    ),
+    Fault(
+        "RoPE in bfloat16",
+        "the rotation is computed in bfloat16",
+        instead({"rope": a.rotated_in_bfloat16}),
+        OPS,
+        query_tap,
+        has_rope,
+    ),
+    Fault(
+        "RoPE theta",
+        "RoPE's theta is another one",
+        misread(rope_theta=20000.0),
+        OPS,
+        at(ANGLES),
+        has_rope,
+        place="config",
+    ),
+    Fault(
+        "RoPE theta",
+        "RoPE's theta is another one",
+        instead({"angles": a.angles_of_another_theta}),
+        OPS,
+        at(ANGLES),
+        lambda c: has_rope(c) and not _is_scaled(c),
+        place="another family's",
+    ),
+    Fault(
+        "RoPE theta",
+        "RoPE's theta is another one",
+        misread(rope_theta=20000.0),
+        OPS,
+        at(ANGLES),
+        is_learned,
+        place="no RoPE",
+        equivalent=lambda *_: "the model has no RoPE: nothing reads the theta",
+    ),
+    Fault(
+        "RoPE scaling ignored",
+        "rope_scaling is ignored",
+        instead({"angles": a.angles_unscaled}),
+        OPS,
+        at(ANGLES),
+        _is_scaled,
+    ),
+    Fault(
+        "RoPE scaling ignored",
+        "rope_scaling is ignored",
+        misread(rope_scaling=None),
+        OPS,
+        at(ANGLES),
+        _is_scaled,
+        place="config",
+    ),
+    Fault(
+        "RoPE scaling of another kind",
+        "llama3 scaling is taken for linear",
+        instead({"angles": a.angles_all_divided}),
+        OPS,
+        at(ANGLES),
+        _scaled("llama3"),
+    ),
+    Fault(
+        "RoPE of the model's width",
+        "RoPE's exponents are divided by D",
+        instead({"angles": a.angles_of_model_width}),
+        OPS,
+        at(ANGLES),
+        lambda c: has_rope(c) and not _is_scaled(c),
+    ),
+    Fault(
+        "RoPE angles in bfloat16",
+        "RoPE's angles are computed in bfloat16",
+        instead({"angles": a.angles_in_bfloat16}),
+        OPS,
+        at(ANGLES),
+        has_rope,
+    ),
+    Fault(
+        "RoPE positions doubled",
+        "positions are doubled",
+        instead({"angles": a.angles_doubled}),
+        OPS,
+        at(ANGLES),
+        has_rope,
+    ),
+    Fault(
+        "position ids off by one",
+        "positions are counted from 1",
+        instead({"angles": a.angles_after}),
+        OPS,
+        at(ANGLES),
+        has_rope,
+        place="RoPE",
+    ),
+)
+
+PRODUCTS = (
+    Fault(
+        "GQA repeat against tile",
+        "key heads are tiled instead of repeated",
+        instead({"scores": a.tiled_scores, "context": a.tiled_context}),
+        OPS,
+        at(SCORES),
+        equivalent=_ungrouped,
+    ),
+    Fault(
+        "GQA repeat against tile",
+        "value heads are tiled instead of repeated",
+        instead({"context": a.tiled_context}),
+        OPS,
+        at(CONTEXT),
+        is_grouped,
+        place="values only",
+    ),
+    Fault(
+        "attention scale missing",
+        "scores are not divided by sqrt(H)",
+        instead({"scores": a.unscaled_scores}),
+        OPS,
+        at(SCORES),
+    ),
+    Fault(
+        "attention scaled twice",
+        "scores are divided by sqrt(H) twice",
+        instead({"scores": a.twice_scaled_scores}),
+        OPS,
+        at(SCORES),
+    ),
+    Fault(
+        "attention scale of another width",
+        "scores are divided by sqrt(D)",
+        instead({"scores": a.scores_of_model_width}),
+        OPS,
+        at(SCORES),
+        place="D",
+    ),
+    Fault(
+        "attention scale of another width",
+        "scores are divided by sqrt(D / N)",
+        instead({"scores": a.scores_by_quotient}),
+        OPS,
+        at(SCORES),
+        _free_width,
+        place="D / N",
+    ),
+    Fault("scores capped", "the scores are soft-capped", instead({"scores": a.capped_scores}), OPS, at(SCORES)),
+    Fault(
+        "ALiBi added", "the scores have a bias of distance", instead({"scores": a.scores_with_slopes}), OPS, at(SCORES)
+    ),
+    Fault(
+        "scores in bfloat16",
+        "the scores are computed in bfloat16",
+        instead({"scores": a.scores_in_bfloat16}),
+        OPS,
+        at(SCORES),
+    ),
+    Fault(
+        "weights of attention in bfloat16",
+        "the attention weights are rounded to bfloat16",
+        instead({"context": a.context_of_bfloat16}),
+        OPS,
+        at(CONTEXT),
+        equivalent=lambda _, dtype: "a bfloat16 model rounds them anyway" if dtype == "bfloat16" else "",
+    ),
+    Fault(
+        "values summed over queries",
+        "the weighted sum runs over queries instead of keys",
+        instead({"layers.1.attn.context": a.context_transposed}),
+        OPS,
+        at("layers.1.attn.context"),
+    ),
+)
+
+MASKS = (
+    Fault(
+        "causal mask off by one",
+        "the mask shows the next token",
+        instead({"attention_mask": a.sees_next}),
+        OPS,
+        at(MASK),
+    ),
+    Fault(
+        "causal mask off by one",
+        "the mask hides a token from itself",
+        instead({"attention_mask": a.blind_to_itself}),
+        OPS,
+        at(MASK),
+        place="strict",
+    ),
+    Fault("mask not causal", "the mask is not causal", instead({"attention_mask": a.not_causal}), OPS, at(MASK)),
+    Fault(
+        "mask not causal",
+        "the scores are not masked",
+        instead({"layers.1.attn.masked": a.not_masked}),
+        OPS,
+        at("layers.1.attn.masked"),
+        place="one layer",
+    ),
+    Fault(
+        "sliding window", "the mask is a sliding window", instead({"attention_mask": a.sliding_window}), OPS, at(MASK)
+    ),
+    Fault(
+        "documents not separated",
+        "packed documents attend to each other",
+        instead({"attention_mask": a.across_documents}),
+        OPS,
+        at(MASK),
+    ),
+    Fault(
+        "mask value too small",
+        "hidden scores are not low enough",
+        _masked_by(a.mask_too_small),
+        OPS,
+        at(MASKED),
+    ),
+    Fault(
+        "mask value too small",
+        "hidden scores are not low enough",
+        _masked_by(a.mask_of_gpt2),
+        OPS,
+        at(MASKED),
+        place="-10,000",
+        equivalent=lambda *_: "exp(-10,000) is zero in float32: no attention weight changes",
+    ),
+    Fault("mask multiplied", "the mask is multiplied with the scores", _masked_by(a.mask_of_zero), OPS, at(MASKED)),
+    Fault("mask added as ones", "the mask is added as ones and zeros", _masked_by(a.mask_added), OPS, at(MASKED)),
+    Fault("mask inverted", "the mask is inverted", _masked_by(a.mask_inverted), OPS, at(MASKED)),
+)
+
+SOFTMAX = (
+    Fault(
+        "softmax in low precision",
+        "softmax is computed in bfloat16",
+        instead({"softmax": a.softmax_in_bfloat16}),
+        OPS,
+        at(WEIGHTS),
+        place="bfloat16",
+    ),
+    Fault(
+        "softmax in low precision",
+        "softmax is computed in float16",
+        instead({"softmax": a.softmax_in_float16}),
+        OPS,
+        at(WEIGHTS),
+        place="float16",
+    ),
+    Fault(
+        "softmax over the wrong axis",
+        "softmax runs over queries",
+        instead({"softmax": a.softmax_over_queries}),
+        OPS,
+        at(WEIGHTS),
+        place="queries",
+    ),
+    Fault(
+        "softmax over the wrong axis",
+        "softmax runs over heads",
+        instead({"layers.1.attn.weights": a.softmax_over_heads}),
+        OPS,
+        at("layers.1.attn.weights"),
+        place="heads",
+    ),
+    Fault(
+        "softmax base 2",
+        "softmax takes powers of 2",
+        instead({"softmax": a.softmax_base_2}),
+        OPS,
+        at(WEIGHTS),
+    ),
+    Fault(
+        "softmax without its maximum",
+        "softmax does not subtract the maximum",
+        instead({"softmax": a.softmax_unshifted}),
+        OPS,
+        at(WEIGHTS),
+        equivalent=lambda *_: "it changes rounding only, while scores stay below 88; these do",
+    ),
+)
+
+ATTENTION = (*HEADS, *ROTATION, *PRODUCTS, *MASKS, *SOFTMAX)

@@ -1,0 +1,188 @@
+"""One trial: a mutant, or a true model, before the oracle; what it said, as a record of JSON values."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jaxgpt import weights
+from jaxgpt.taps import Wiring, names
+from oracle import clean, diagnosis, ladder, models, noise
+from oracle.candidate import Candidate
+from oracle.comparison import Comparison
+from oracle.faults.mutants import CONFIGS, SEED, Mutant, config_of
+from oracle.reference import Reference
+from oracle.results import UNKNOWN, Cause, Report
+
+Record = dict[str, Any]
+NAMES = 3
+"""A cause in the first three of what is said counts as named."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A true model and what it is compared with."""
+
+    candidate: Candidate
+    reference: Reference
+    folder: Path
+
+
+@lru_cache(maxsize=2)
+def subject(model: str, dtype: str) -> Subject:
+    """The model in a dtype; its folder lives as long as it does."""
+    place = TemporaryDirectory()
+    folder = models.write(CONFIGS[model], Path(place.name, "hf"), dtype, SEED)
+    made = Subject(models.candidate(folder, dtype), Reference.load(folder, dtype), folder)
+    object.__setattr__(made, "_place", place)
+    return made
+
+
+def bisected(mutant: Mutant) -> Report:
+    """The oracle's answer to a mutant.
+
+    The ladder is climbed to where the mutant shows; causes are then proved there and
+    by the rung behind.
+    """
+    true = subject(mutant.model, mutant.dtype)
+    candidate = true.candidate
+    for fault in mutant.faults:
+        candidate = fault.plant(candidate)
+    comparison = Comparison(candidate, true.reference, None, true.folder, noise.stored_calibration(), SEED)
+    found = ladder.climb(comparison)
+    if found.verdict == "pass":
+        return found
+    return diagnosis.bisect(comparison, rungs=_rungs(found.rungs[-1].name, mutant))
+
+
+def _rungs(broken: str, mutant: Mutant) -> list[str]:
+    """Up to the rung behind all that were broken or expected to be."""
+    ladder_ = list(ladder.LADDER)
+    last = max(ladder_.index(name) for name in (broken, *(rung for rung, _ in mutant.expected)))
+    return ladder_[: last + 2]
+
+
+def tried(mutant: Mutant) -> Record:
+    """The record of a mutant; a crash of the oracle is one, too."""
+    start = time.perf_counter()
+    try:
+        record = judged(mutant, bisected(mutant))
+    except Exception as error:
+        record = _header(mutant) | _NOTHING | {"crash": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return record | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+_NOTHING: Record = {
+    "verdict": "crash",
+    "found": None,
+    "detected": False,
+    "exact": False,
+    "within_one": False,
+    "named_first": False,
+    "named_in_three": False,
+    "named": False,
+    "proved": False,
+    "both_found": False,
+    "causes": [],
+}
+
+
+def _header(mutant: Mutant) -> Record:
+    return {
+        "id": mutant.id,
+        "table": mutant.table,
+        "classes": [fault.name for fault in mutant.faults],
+        "faults": [fault.id for fault in mutant.faults],
+        "model": mutant.model,
+        "dtype": mutant.dtype,
+        "expected": [list(place) for place in mutant.expected],
+    }
+
+
+def judged(mutant: Mutant, report: Report) -> Record:
+    """What the oracle said of a mutant, beside what it should have said."""
+    first = report.first_divergence()
+    found = (first["rung"], first["tap"]) if first else None
+    accepted = [fault.accepted for fault in mutant.faults]
+    cause = report.causes[0] if report.causes else None
+    said = _said(cause)
+    return _header(mutant) | {
+        "verdict": report.verdict,
+        "found": list(found) if found else None,
+        "detected": report.verdict == "fail",
+        "exact": found in mutant.expected[:1],
+        "within_one": found is not None and distance(mutant, found) <= 1,
+        "named_first": bool(said) and said[0] in accepted[0],
+        "named_in_three": any(name in accepted[0] for name in said[:NAMES]),
+        "named": cause is not None and cause.name != UNKNOWN,
+        "proved": cause is not None and cause.name != UNKNOWN and cause.proved,
+        "both_found": all(_is_found(index, mutant, report.causes) for index in range(len(mutant.faults))),
+        "causes": [_cause(cause) for cause in report.causes],
+    }
+
+
+def _said(cause: Cause | None) -> list[str]:
+    """Names in the order in which they are put forward."""
+    if cause is None:
+        return []
+    own = [] if cause.name == UNKNOWN else [cause.name]
+    return [*own, *cause.tied, *cause.runners_up] if own else [UNKNOWN, *cause.runners_up]
+
+
+def _cause(cause: Cause) -> Record:
+    said = {"name": cause.name, "rung": cause.rung, "tap": cause.tap, "proved": cause.proved}
+    return said | {"tied": list(cause.tied), "runners_up": list(cause.runners_up), "also_at": list(cause.also_at)}
+
+
+def _is_found(index: int, mutant: Mutant, causes: Sequence[Cause]) -> bool:
+    """By its name, or where it is unknown by its place."""
+    rung, tap = mutant.expected[index]
+    accepted = mutant.faults[index].accepted
+    return any(
+        {cause.name, *cause.tied} & accepted or (cause.rung == rung and tap in (cause.tap, *cause.also_at))
+        for cause in causes
+    )
+
+
+def distance(mutant: Mutant, found: tuple[str, str]) -> float:
+    """How many ops (or modules of parameters) lie between the expected first tap and the found one."""
+    order = _order(mutant)
+    (rung, tap), (found_rung, found_tap) = mutant.expected[0], found
+    if tap == found_tap:
+        return 0 if rung == found_rung else 1
+    if rung != found_rung or tap not in order[rung] or found_tap not in order[rung]:
+        return float("inf")
+    return abs(order[rung].index(tap) - order[rung].index(found_tap))
+
+
+def _order(mutant: Mutant) -> dict[str, list[str]]:
+    config = config_of(mutant.model)
+    modules = list(dict.fromkeys(p.name.rpartition(".")[0] for p in weights.parameters(config)))
+    uncached, cached = list(names(config)), list(names(config, Wiring(cached=True)))
+    by_rung = dict.fromkeys(ladder.LADDER, modules)
+    return by_rung | {"operators": uncached, "forward": uncached, "decode": cached}
+
+
+# -- True models -----------------------------------------------------------------------
+
+
+def untouched(run: clean.Run) -> Record:
+    """A true model before the whole ladder: anything but a pass is a false alarm."""
+    start = time.perf_counter()
+    report = clean.carry_out(run, noise.stored_calibration(), tuple(ladder.LADDER))
+    broken = next((rung for rung in report.rungs if rung.verdict != "pass"), None)
+    first = broken.first if broken else None
+    return {
+        "id": f"clean | {run.name}",
+        "table": "clean",
+        "model": run.model,
+        "dtype": run.dtype,
+        "verdict": report.verdict,
+        "rung": broken.name if broken else "",
+        "tap": first.tap if first else "",
+        "noise": [first.aggregate, first.worst, *first.threshold] if first else [],
+        "seconds": round(time.perf_counter() - start, 2),
+    }
