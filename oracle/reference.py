@@ -6,7 +6,6 @@ candidate's weights are the right ones is the business of the rung bits.
 """
 
 import copy
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +91,6 @@ class _Changing(dict[str, torch.Tensor]):
 
 def _ints(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array, np.int64))
-
-
-def _in_float64(decoder: Decoder) -> Decoder:
-    """A copy with the same weights in float64, made without a second one in the old dtype."""
-    # What `deepcopy` finds in its memo it takes for copied already; tied parameters stay tied.
-    wide = {id(parameter): torch.nn.Parameter(parameter.detach().double()) for parameter in decoder.parameters()}
-    return copy.deepcopy(decoder, {**wide})
 
 
 def _in_float64(decoder: Decoder) -> Decoder:
