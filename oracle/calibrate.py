@@ -8,32 +8,28 @@ was interrupted goes on where it stopped.
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import jaxgpt
 import oracle
 import torchref
-from oracle import clean, clean_workers, limits, noise
+from oracle import clean, limits, noise, workers
 from oracle.rungs import environment
 
 FACTOR = 4.0
 """From the largest clean ratio to the limit: `limits.headroom` says what it leaves."""
 QUICK_FACTOR = 8.0
 """The same for a quick plan, which has seen less."""
-WORKERS = 2
 
 
 def calibrate(out: Path = noise.CALIBRATION, *, quick: bool = False) -> Iterator[str]:
     """Carry out a plan, or what is left of it, and write the file; yields a line per run.
 
     Raises:
-        NotClean: a run found a difference that needs no limit to be one.
+        NotClean: a run found a difference that needs no limit to be one (in another process: WorkerFailed).
     """
     runs = clean.quick_plan() if quick else clean.full_plan()
     header = {"environment": setting(), "code": fingerprint()}
@@ -44,7 +40,7 @@ def calibrate(out: Path = noise.CALIBRATION, *, quick: bool = False) -> Iterator
     left = [run for run in runs if run.name not in done]
     number = len(runs) - len(left)
     with beside.open("a") as file:
-        for record in clean_workers.records(left, _processes(len(left))):
+        for record in workers.answers(clean.groups(left), clean.measured):
             done[record["run"]] = record
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -54,11 +50,6 @@ def calibrate(out: Path = noise.CALIBRATION, *, quick: bool = False) -> Iterator
     document = limits.document(records, QUICK_FACTOR if quick else FACTOR)
     write(out, {**document, "plan": "quick" if quick else "full", "environment": header["environment"]})
     yield from limits.lines(document)
-
-
-def _processes(runs: int) -> int:
-    """A GPU is not shared; nor is it worth while to start processes for a few runs."""
-    return min(WORKERS, os.cpu_count() or 1) if runs > WORKERS and jax.default_backend() == "cpu" else 1
 
 
 def write(out: Path, document: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ clean models never alarm.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,9 @@ from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import DTYPES, Reference
 from oracle.results import Finding, Report
-from oracle.rungs import bits, environment, forward, ids, operators
+from oracle.rungs import bits, environment, forward, ids, operators, statistics
 
-EXACT = (environment.NAME, ids.NAME, bits.NAME, "statistics")
+EXACT = (environment.NAME, ids.NAME, bits.NAME, statistics.NAME)
 """Rungs that decide without measured limits."""
 RUNGS = tuple(name for name in ladder.LADDER if name not in EXACT)
 """Every other rung of the ladder."""
@@ -87,13 +87,18 @@ def quick_plan() -> list[Run]:
     return [Run(model, kind, dtype, 0) for model in QUICK for dtype in DTYPES for kind in weight_kinds.KINDS]
 
 
-def groups(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Runs that share what is slow to make: compilations and trained weights."""
+def groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that share what is slow to make, compilations and trained weights; groups that take long are first."""
     by_model: dict[str, list[Run]] = {}
     for run in runs:
         by_model.setdefault(run.model, []).append(run)
-    for model_runs in by_model.values():
-        yield sorted(model_runs, key=lambda run: (run.jit, run.dtype))
+    shared = [sorted(group, key=lambda run: (run.jit, run.dtype)) for group in by_model.values()]
+    return sorted(shared, key=_cost, reverse=True)
+
+
+def _cost(group: Sequence[Run]) -> int:
+    config = CONFIGS[group[0].model]
+    return len(group) * (config.get("n_layer") or config["num_hidden_layers"])
 
 
 def carry_out(run: Run, calibration: Calibration | None = None, rungs: Sequence[str] = RUNGS) -> Report:
