@@ -18,6 +18,7 @@ from oracle.repairs.catalogue import REPAIRS
 from oracle.repairs.repair import Repair, Variant
 from oracle.results import UNKNOWN, Cause, Finding, Report, RungResult
 from oracle.rungs import bits
+from oracle.rungs.operators import OpSite
 from oracle.site import Site
 
 MOST_CAUSES = 8
@@ -136,13 +137,13 @@ def _unknown(
     nearest = sorted((a for a in attempts if not a.after.problem), key=lambda attempt: attempt.after.error)
     names = dict.fromkeys(attempt.repair.cause for attempt in nearest)
     candidate, others = site.substitute(), []
-    for finding in _alike(rung):
+    for further in ladder.sites(comparison, rung.name, _alike(rung)):
         if candidate is not None:
-            further = ladder.site(replace(comparison, candidate=candidate), rung.name, finding)
-            if rung.name == bits.NAME and _has_a_name(further):
+            further = further.of(candidate)
+            if _is_another(site, further) and _has_a_name(further):
                 continue
             candidate = further.substitute()
-            others.append(finding.tap)
+            others.append(further.finding.tap)
     cause = Cause(
         name=UNKNOWN,
         rung=site.rung,
@@ -157,6 +158,13 @@ def _unknown(
         residual=site.residual(),
     )
     return cause, _goes_on(comparison, site, candidate)
+
+
+def _is_another(site: Site, further: Site) -> bool:
+    """The fault may be another one: of parameters always, of ops where the function is not the same."""
+    if isinstance(site, OpSite) and isinstance(further, OpSite):
+        return site.candidate.function(site.op) is not further.candidate.function(further.op)
+    return site.rung == bits.NAME
 
 
 def _has_a_name(site: Site) -> bool:
@@ -182,14 +190,18 @@ def _elsewhere(taps: Sequence[str], site: Site) -> list[str]:
 
 
 def _everywhere(comparison: Comparison, rung: RungResult, best: _Attempt) -> tuple[Candidate, list[str]]:
-    """The repair at every place of the rung that it helps, beginning with the first."""
+    """The repair at every place of the rung that it helps, beginning with the first.
+
+    A cause may be undone exactly at one place, and only be told by its look at the next.
+    """
     candidate, others = best.variant.candidate, []
-    for finding in _alike(rung):
-        site = ladder.site(replace(comparison, candidate=candidate), rung.name, finding)
+    same = [repair for repair in REPAIRS if repair.cause == best.repair.cause and rung.name in repair.rungs]
+    for site in ladder.sites(comparison, rung.name, _alike(rung)):
+        site, finding = site.of(candidate), site.finding
         if site.measure(candidate).ok:
             others.append(finding.tap)
             continue
-        helping = next((a for a in _tried(best.repair, site) if _undoes(a, finding)), None)
+        helping = next((a for repair in same for a in _tried(repair, site) if _undoes(a, finding)), None)
         if helping is not None:
             candidate = helping.variant.candidate
             others.append(finding.tap)

@@ -1,7 +1,7 @@
 """The ladder: rungs in causal order, stopping at the first that breaks."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -86,6 +86,14 @@ def site(comparison: Comparison, rung: str, finding: Finding) -> Site:
     """Where a finding can be measured again with a changed candidate."""
     make = SITES.get(rung)
     return make(comparison, finding) if make and finding.tap else Site(comparison, rung, finding)
+
+
+def sites(comparison: Comparison, rung: str, findings: Sequence[Finding]) -> Iterator[Site]:
+    """`site` of several findings in execution order; ops share one forward of the reference."""
+    if rung == operators.NAME:
+        yield from operators.sites(comparison, findings)
+    else:
+        yield from (site(comparison, rung, finding) for finding in findings)
 
 
 def uncalibrated(factor: float = 1.0) -> Calibration:

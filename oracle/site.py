@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
@@ -30,6 +30,10 @@ class Site:
         if work not in known:
             known[work] = work(self)
         return known[work]
+
+    def of(self, candidate: Candidate) -> Self:
+        """The same place in another candidate."""
+        return replace(self, comparison=replace(self.comparison, candidate=candidate))
 
     def measure(self, candidate: Candidate) -> Finding:
         """The same comparison with another candidate: here, the first broken finding of the whole rung.

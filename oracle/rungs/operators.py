@@ -3,12 +3,13 @@
 The inputs of an op are the reference's activations, cast to the dtype in which the
 candidate holds them; truth is the reference's op in float64 on exactly those cast
 values, with the same cast parameters. So a difference is the op's own, whatever
-came before it.
+came before it. The cache's store, which has no activations to be fed, gets random ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,12 @@ import numpy as np
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, MASKED, Leaves, OpFunction
-from jaxgpt.taps import INPUTS, Op, ops
+from jaxgpt.taps import INPUTS, Op, Wiring, ops
 from oracle import residual
 from oracle.candidate import Candidate, Unrunnable
 from oracle.compare import HIDDEN, Judge
 from oracle.comparison import Comparison
+from oracle.noise import Calibration
 from oracle.probe import Probe
 from oracle.reference import Reference
 from oracle.results import Finding, Residual, RungResult
@@ -37,7 +39,7 @@ SMALL_ROWS = 16
 
 
 def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) -> RungResult:
-    """One finding per op in execution order (norms: two), then one per tap the candidate lacks."""
+    """One finding per op in execution order (norms and stores: two), then one per tap the candidate lacks."""
     findings: list[Finding] = []
     with closing(reference.truth.stream(probe)) as items:
         reader = Reader(items)
@@ -56,13 +58,16 @@ class Walk:
 
     def __init__(self, candidate: Candidate, reference: Reference, probe: Probe, judge: Judge):
         self.candidate, self.reference, self.judge = candidate, reference, judge
-        self.ops = ops(candidate.config)
+        uncached = {op.tap: op for op in ops(candidate.config)}
+        self.ops = tuple(uncached.get(op.tap, op) for op in ops(candidate.config, Wiring(cached=True)))
         given = model.uncached_inputs(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
         self.values = {name: np.asarray(value) for name, value in given.items()}
-        self.last_use = {name: op.tap for op in self.ops for name in op.inputs}
+        self.last_use = {name: op.tap for op in uncached.values() for name in op.inputs}
 
     def findings(self, op: Op, reader: Reader) -> list[Finding]:
         """Compare one op, then hold the reference's output for the ops after it."""
+        if op.function == "store":
+            return [finding for where in STORES for finding in self._stored(op, where)]
         truth = reader.take(op.tap)
         if truth is None:
             return [self.judge.missing(op, "reference")]
@@ -74,11 +79,46 @@ class Walk:
         findings, dtype = self.compare(op, inputs)
         if op.function == "norm":
             findings += self.compare(op, [_small_rows(inputs[0])], where=SMALL)[0]
-        self.values[op.tap] = _cast(op, truth.numpy(), dtype)
+        self._hold(op, truth.numpy(), dtype)
+        return findings
+
+    def skip(self, op: Op, reader: Reader) -> None:
+        """Hold the reference's output without comparing."""
+        truth = reader.take(op.tap) if op.function != "store" else None
+        if truth is not None and all(name in self.values for name in op.inputs):
+            self._hold(op, truth.numpy(), self._answer_dtype(op))
+
+    def inputs(self, op: Op, where: str) -> list[np.ndarray] | None:
+        """What an op is compared on; nothing if the reference lacks some of it."""
+        if op.function == "store":
+            return _stored_inputs(self.candidate, where)
+        if any(name not in self.values for name in op.inputs):
+            return None
+        inputs = [self.values[name] for name in op.inputs]
+        return [_small_rows(inputs[0])] if where == SMALL else inputs
+
+    def _hold(self, op: Op, truth: np.ndarray, dtype: np.dtype) -> None:
+        if op.function == "scores":
+            # The mask's value does not exist in a narrower dtype, in which some candidate may answer.
+            dtype = np.dtype(np.float32)
+        self.values[op.tap] = _cast(op, truth, dtype)
         for name in op.inputs:
             if self.last_use[name] == op.tap and name not in INPUTS:
                 self.values.pop(name, None)
-        return findings
+
+    def _answer_dtype(self, op: Op) -> np.dtype:
+        function = partial(self.candidate.function(op), self.candidate.config)
+        parameters = model.leaves(self.candidate.params, op.parameters) if op.parameters else {}
+        try:
+            return jax.eval_shape(function, parameters, *(self.values[name] for name in op.inputs)).dtype
+        except (TypeError, ValueError, IndexError):
+            return np.dtype(self.candidate.dtype)
+
+    def _stored(self, op: Op, where: str) -> list[Finding]:
+        try:
+            return self.compare(op, _stored_inputs(self.candidate, where), where)[0]
+        except IndexError:
+            return [self.judge.missing(op, "reference", where)]
 
     def compare(self, op: Op, inputs: list[np.ndarray], where: str = "") -> tuple[list[Finding], np.dtype]:
         """Candidate, truth and peer on the same inputs; the dtype in which the candidate answers."""
@@ -103,6 +143,8 @@ def measure(
         finding = Finding(op.tap, op.function, ok=False, where=where, problem=str(error))
         return [finding], np.dtype(candidate.dtype)
     allowed = [inputs[1]] if op.function == "mask" else None
+    if op.function == "store":
+        judge = replace(judge, calibration=_EXACT)
     finding = judge.finding(op, [ours], [truth], [peer], allowed=allowed, where=where)
     return [finding], ours.dtype
 
@@ -117,6 +159,37 @@ def _cast(op: Op, truth: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _small_rows(x: np.ndarray) -> np.ndarray:
     powers = np.exp2(-(np.arange(x.shape[1]) % SMALL_ROWS)).astype(np.float32)
     return (x.astype(np.float32) * powers[None, :, None]).astype(x.dtype)
+
+
+# -- The cache's store -----------------------------------------------------------------
+
+STORES = {
+    "prefill": ((0, 1, 2, 3, 4), (3, 4, 5, 8, 8), (7, 8, 8, 8, 8)),
+    "step": ((5,), (0,), (8,)),
+}
+"""Slots of each row's new tokens in a buffer of 8: ragged rows, and what is outside must be dropped."""
+SLOTS = 8
+
+
+def _stored_inputs(candidate: Candidate, where: str) -> list[np.ndarray]:
+    """New keys (or values), a buffer that is full of other numbers, and slots."""
+    slots = np.array(STORES[where], np.int32)
+    rng, config = np.random.default_rng(slots.size), candidate.config
+
+    def numbers(length: int) -> np.ndarray:
+        drawn = rng.standard_normal((len(slots), config.num_key_value_heads, length, config.head_dim))
+        return drawn.astype(jnp.dtype(candidate.dtype))
+
+    return [numbers(slots.shape[1]), numbers(SLOTS), slots]
+
+
+class _Exact(Calibration):
+    def threshold(self, rung: str, dtype: str, op: str) -> tuple[float, float]:
+        """Copying rounds nothing."""
+        return 0.0, 0.0
+
+
+_EXACT = _Exact(1.0, {}, {})
 
 
 # -- One op ----------------------------------------------------------------------------
@@ -151,7 +224,9 @@ class OpSite(Site):
 
     def replaced(self, function: OpFunction) -> Candidate:
         """The candidate with another function for this one op."""
-        return replace(self.candidate, replace={**self.candidate.replace, self.op.tap: function})
+        # The tap `mask` has the name of another op's function.
+        key = self.op.function if self.op.tap in FUNCTIONS else self.op.tap
+        return replace(self.candidate, replace={**self.candidate.replace, key: function})
 
     def substitute(self) -> Candidate | None:
         """The candidate with the reference's op, called back from the compiled program."""
@@ -170,23 +245,55 @@ class OpSite(Site):
         return self.replaced(reference_op)
 
 
+@dataclass(frozen=True)
+class StoreSite(OpSite):
+    """A store, which must be right for a prefill and for a step alike."""
+
+    others: Sequence[OpSite]
+    """The same op where it stores other tokens."""
+
+    def measure(self, candidate: Candidate) -> Finding:
+        """See `Site.measure`."""
+        findings = [super().measure(candidate), *(other.measure(candidate) for other in self.others)]
+        return next((finding for finding in findings if not finding.ok), findings[0])
+
+
 def site(comparison: Comparison, finding: Finding) -> Site:
     """The op of a finding with the inputs it was measured on."""
+    return next(sites(comparison, [finding]), Site(comparison, NAME, finding))
+
+
+def sites(comparison: Comparison, findings: Sequence[Finding]) -> Iterator[Site]:
+    """The ops of some findings, in execution order, in one forward of the reference."""
+    wanted: dict[str, list[Finding]] = {}
+    for finding in findings:
+        wanted.setdefault(finding.tap, []).append(finding)
     probe, judge = comparison.sequences(), comparison.judge(NAME)
     with closing(comparison.reference.truth.stream(probe)) as items:
         walk, reader = Walk(comparison.candidate, comparison.reference, probe, judge), Reader(items)
         for op in walk.ops:
-            if op.tap == finding.tap:
-                return _op_site(comparison, finding, op, walk)
-            walk.findings(op, reader)
-    return Site(comparison, NAME, finding)
+            for finding in wanted.pop(op.tap, []):
+                yield _op_site(comparison, finding, op, walk)
+            if not wanted:
+                return
+            walk.skip(op, reader)
 
 
 def _op_site(comparison: Comparison, finding: Finding, op: Op, walk: Walk) -> Site:
-    if any(name not in walk.values for name in op.inputs):
+    site = _plain_site(comparison, finding, op, walk)
+    if op.function != "store" or not isinstance(site, OpSite):
+        return site
+    elsewhere = [replace(finding, where=where) for where in STORES if where != finding.where]
+    others = [_plain_site(comparison, other, op, walk) for other in elsewhere]
+    return StoreSite(**vars(site), others=[other for other in others if isinstance(other, OpSite)])
+
+
+def _plain_site(comparison: Comparison, finding: Finding, op: Op, walk: Walk) -> Site:
+    inputs, reference = walk.inputs(op, finding.where), comparison.reference
+    if inputs is None:
         return Site(comparison, NAME, finding)
-    inputs = [walk.values[name] for name in op.inputs]
-    inputs = [_small_rows(inputs[0])] if finding.where == SMALL else inputs
-    reference = comparison.reference
-    truth, peer = reference.truth.run_op(op, inputs), reference.peer.run_op(op, inputs)
+    try:
+        truth, peer = reference.truth.run_op(op, inputs), reference.peer.run_op(op, inputs)
+    except (KeyError, IndexError):
+        return Site(comparison, NAME, finding)
     return OpSite(comparison, NAME, finding, op, inputs, truth, peer)
