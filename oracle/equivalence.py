@@ -1,99 +1,202 @@
-"""Both families in fp32 and bf16 against the reference, and faults that must be found.
+"""Every family, shape and dtype against the reference, and planted faults that must be found.
 
 Each random Hugging Face folder is written without the product, imported by it, and
-the checkpoint compared with the folder. Then the same comparison is shown to fail:
-known faults are planted, and each must be found where it begins.
+the checkpoint compared with the folder. Then the oracle is shown to fail: a sample of
+the fault catalogue is planted, and each fault must be found where it begins.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jaxgpt.errors import InputError
-from oracle import models, noise, subject
-from oracle.faults import FAULTS, Fault
+from oracle import ladder, models, noise, subject, workers
+from oracle.comparison import Comparison
+from oracle.faults import mutants, trial
+from oracle.faults.mutants import Mutant
+from oracle.noise import Calibration
 from oracle.reference import DTYPES
-from oracle.reports import terminal
+from oracle.reports import junit, page, summary, terminal
+from oracle.reports.outcome import Outcome
 from oracle.results import Report
 
-FAULT_DTYPES = {"gpt2": ("float32",), "llama-square-biased-tied-linear": ("float32", "bfloat16")}
-"""Faults are planted in one model of each family; both have a square projection."""
+SEED = 30_000
+"""Of weights and inputs; neither a calibration nor a fault has it."""
+TRAINED = ("gpt2", "llama")
+"""Models that are compared with trained weights as well."""
+PLANTED = 24
+"""Faults of the catalogue's sample."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One comparison and whether it answered as it must."""
+class Task:
+    """One comparison."""
 
-    name: str
-    report: Report
-    ok: bool
-    text: str
+    model: str
+    dtype: str
+    kind: str = "random"
+    mutant: str = ""
+    """Id of the mutant to find; empty for a true model."""
+    calibration: Path | None = None
+    """File of the limits; None for those that come with the oracle."""
+
+    @property
+    def name(self) -> str:
+        """For people and file names."""
+        if self.mutant:
+            _, faults, *_ = self.mutant.split(" | ")
+            return f"planted: {faults}, {self.model} {self.dtype}"
+        return f"{self.model} {self.dtype}{'' if self.kind == 'random' else ' ' + self.kind}"
 
 
-def show(out: Path) -> int:
-    """Run everything, print a line each, write the reports; 0 if all answered as they must, else 1.
+def tasks(calibration: Path | None) -> list[list[Task]]:
+    """In groups that share their compilations, those that take long first."""
+    true = [
+        [Task(model, dtype, kind, calibration=calibration) for dtype in DTYPES for kind in _kinds(model)]
+        for model in sorted(models.MODELS, key=_cost, reverse=True)
+    ]
+    planted: dict[tuple[str, str], list[Task]] = {}
+    for mutant in mutants.sampled(mutants.catalogue(), PLANTED, SEED):
+        task = Task(mutant.model, mutant.dtype, mutant=mutant.id, calibration=calibration)
+        planted.setdefault((mutant.model, mutant.dtype), []).append(task)
+    return [*true, *planted.values()]
+
+
+def _kinds(model: str) -> tuple[str, ...]:
+    return ("random", "trained") if model in TRAINED else ("random",)
+
+
+def _cost(model: str) -> int:
+    config = models.MODELS[model]
+    layers, context = (config.get(a) or config[b] for a, b in (("n_layer", "num_hidden_layers"), _CONTEXT))
+    return layers * context
+
+
+_CONTEXT = ("n_positions", "max_position_embeddings")
+
+
+# -- One comparison --------------------------------------------------------------------
+
+
+def answer(task: Task) -> Outcome:
+    """Carry out a task."""
+    start = time.perf_counter()
+    calibration = _calibration(task.calibration)
+    if task.mutant:
+        mutant = _catalogue()[task.mutant]
+        report = planted(mutant, calibration)
+        wrong = _misplaced(mutant, report)
+    else:
+        report, wrong = compared(task, calibration), ""
+    seconds = time.perf_counter() - start
+    rungs = tuple(ladder.LADDER)
+    return Outcome(task.name, report, seconds, planted=bool(task.mutant), wrong=wrong, rungs=rungs)
+
+
+@cache
+def _calibration(path: Path | None) -> Calibration:
+    return noise.load(path) if path else noise.stored_calibration()
+
+
+@cache
+def _catalogue() -> dict[str, Mutant]:
+    return {mutant.id: mutant for mutant in mutants.catalogue()}
+
+
+def compared(task: Task, calibration: Calibration) -> Report:
+    """A true model through the product's importer, loader and exporter."""
+    with TemporaryDirectory() as place:
+        folder, checkpoint = Path(place, "hf"), Path(place, "jaxgpt")
+        models.write(models.MODELS[task.model], folder, task.dtype, SEED, task.kind)
+        subject.import_folder(folder, checkpoint)
+        return subject.compare(checkpoint, folder, task.dtype, calibration, seed=SEED)
+
+
+def planted(mutant: Mutant, calibration: Calibration) -> Report:
+    """The ladder for a model with a fault."""
+    true = trial.subject(mutant.model, mutant.dtype)
+    candidate = true.candidate
+    for fault in mutant.faults:
+        candidate = fault.plant(candidate)
+    return ladder.climb(Comparison(candidate, true.reference, None, true.folder, calibration, mutants.SEED))
+
+
+def _misplaced(mutant: Mutant, report: Report) -> str:
+    """How the answer differs from the right one."""
+    record = trial.judged(mutant, report)
+    if record["exact"]:
+        return ""
+    rung, tap = mutant.expected[0]
+    found = f"found in {' at '.join(record['found'])}" if record["found"] else f"not found: {report.verdict}"
+    return f"{found}, expected in {rung} at {tap}"
+
+
+# -- All of them -----------------------------------------------------------------------
+
+
+def show(out: Path, calibration: Path | None = None) -> list[Outcome]:
+    """Run everything, print a line each, write the reports.
+
+    `out` gets a JSON report for each comparison and an HTML page for each that did not
+    answer as it must, and `junit.xml` and `summary.md` for all.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be made, or the calibration is none.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: cannot make the folder {out}: {error.strerror}") from error
-    passed = failed = 0
-    for line in _lines():
-        path = out / f"{line.name.replace(' ', '-')}.json"
-        path.write_text(json.dumps(line.report.to_dict(), indent=1, allow_nan=False) + "\n")
-        passed, failed = passed + line.ok, failed + (not line.ok)
-        print(line.text, flush=True)
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed else 0
+    _calibration(calibration)
+    outcomes = list(_shown(workers.answers(tasks(calibration), answer), out))
+    outcomes.sort(key=lambda outcome: (outcome.planted, outcome.name))
+    (out / "junit.xml").write_text(junit.render(outcomes), encoding="utf-8")
+    (out / "summary.md").write_text(summary.render(outcomes), encoding="utf-8")
+    failed = sum(not outcome.ok for outcome in outcomes)
+    print(f"{len(outcomes) - failed} passed, {failed} failed")
+    return outcomes
 
 
-def _lines() -> Iterator[Line]:
-    calibration = noise.stored_calibration()
-    with TemporaryDirectory() as place:
-        for name, config in models.MODELS.items():
-            for dtype in DTYPES:
-                folder, checkpoint = Path(place, name, dtype, "hf"), Path(place, name, dtype, "jaxgpt")
-                models.write(config, folder, dtype)
-                subject.import_folder(folder, checkpoint)
-                yield _clean(name, dtype, folder, checkpoint, calibration)
-                if dtype in FAULT_DTYPES.get(name, ()):
-                    model_config = subject.candidate(checkpoint, dtype).config
-                    for fault in (fault for fault in FAULTS if fault.applies(model_config)):
-                        yield _planted(fault, name, dtype, folder, checkpoint, calibration)
+def _shown(outcomes: Iterable[Outcome], out: Path) -> Iterator[Outcome]:
+    for outcome in outcomes:
+        file = out / _file_name(outcome.name)
+        document = outcome.report.to_dict()
+        file.with_suffix(".json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if not outcome.ok:
+            file.with_suffix(".html").write_text(page.render(outcome.report), encoding="utf-8")
+        print(line(outcome), flush=True)
+        yield outcome
 
 
-def _clean(name: str, dtype: str, folder: Path, checkpoint: Path, calibration: noise.Calibration) -> Line:
-    start = time.perf_counter()
-    answer = subject.compare(checkpoint, folder, dtype, calibration)
-    ok = answer.verdict == "pass"
-    text = f"{'PASS' if ok else 'FAIL'}  {name:<32} {dtype:<9} {time.perf_counter() - start:5.1f} s  {_detail(answer)}"
-    return Line(f"{name} {dtype}", answer, ok, text)
+def _file_name(name: str) -> str:
+    kept = "".join(char if char.isalnum() or char in "-_." else " " for char in name)
+    # `with_suffix` must not take part of the name for a suffix.
+    return "-".join(kept.split()).replace(".", "_") + ".report"
 
 
-def _detail(answer: Report) -> str:
-    if answer.verdict != "pass":
-        return terminal.verdict(answer)
-    kl = next(finding.error for rung in answer.rungs for finding in rung.findings if finding.op == "kl")
-    return f"KL {kl:.0e}; {answer.rungs[-1].summary}"
+def line(outcome: Outcome) -> str:
+    """One comparison in one line."""
+    return f"{'PASS' if outcome.ok else 'FAIL'}  {outcome.name:<60} {outcome.seconds:5.1f} s  {_detail(outcome)}"
 
 
-def _planted(
-    fault: Fault, name: str, dtype: str, folder: Path, checkpoint: Path, calibration: noise.Calibration
-) -> Line:
-    start = time.perf_counter()
-    config = subject.candidate(checkpoint, dtype).config
-    answer = subject.compare(checkpoint, folder, dtype, calibration, plant=fault.plant)
-    first = answer.first_divergence()
-    found = (first["rung"], first["tap"]) if first else None
-    ok = found == (fault.rung, fault.tap(config))
-    where = f"found in {found[0]} at {found[1]}" if found else f"NOT found: {answer.verdict}"
-    expected = "" if ok else f", expected in {fault.rung} at {fault.tap(config)}"
-    seconds = time.perf_counter() - start
-    text = f"{'PASS' if ok else 'FAIL'}  planted: {fault.name:<27} in {name.split('-')[0]} {dtype} {seconds:5.1f} s"
-    return Line(f"planted {fault.name} {name} {dtype}", answer, ok, f"{text}  {where}{expected}")
+def _detail(outcome: Outcome) -> str:
+    if outcome.wrong or not outcome.ok:
+        return outcome.message
+    if outcome.planted:
+        first = outcome.report.first_divergence()
+        return f"found in {first['rung']} at {first['tap']}" if first else ""
+    kl = next((f.error for rung in outcome.report.rungs for f in rung.findings if f.op == "kl"), 0.0)
+    return f"KL {kl:.0e}; {outcome.report.rungs[-1].summary}"
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 if all answered as they must; 3 if what did not was inconclusive, else 1."""
+    wrong = [outcome for outcome in outcomes if not outcome.ok]
+    if not wrong:
+        return terminal.PASS
+    undecided = all(outcome.report.verdict == "inconclusive" for outcome in wrong)
+    return terminal.INCONCLUSIVE if undecided else terminal.FAIL

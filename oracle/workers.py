@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from queue import Empty
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -31,14 +32,18 @@ def affordable(tasks: int) -> int:
 
 
 def answers(
-    groups: Sequence[Sequence[Task]], work: Callable[[Task], Answer], processes: int | None = None
+    groups: Sequence[Sequence[Task]],
+    work: Callable[[Task], Answer],
+    processes: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Answer]:
     """The answer of every task, as they come.
 
     Args:
         groups: tasks that one process does one after the other; what begins first is first.
         work: a function of a module, as it is sent to other processes.
-        processes: 1 for this one; by default what is affordable.
+        processes: 1 for this one; by default what is affordable, each bound to a core.
+        environment: variables of the other processes, which JAX reads when it is imported.
 
     Raises:
         WorkerFailed: a task of another process failed; one of this process raises what it does.
@@ -53,8 +58,12 @@ def answers(
     tasks, results = context.Queue(), context.Queue()
     for group in [*groups, *[None] * processes]:
         tasks.put(group)
-    running = [context.Process(target=_serve, args=(tasks, results, work), daemon=True) for _ in range(processes)]
-    with _started(running):
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    running = [
+        context.Process(target=_serve, args=(tasks, results, work, cores[index % len(cores)]), daemon=True)
+        for index in range(processes)
+    ]
+    with _started(running, environment):
         for _ in range(count):
             yield _next(results, running)
 
@@ -67,9 +76,16 @@ def _done(group: Sequence[Task], work: Callable[[Task], Answer]) -> Iterator[Ans
 
 
 @contextmanager
-def _started(processes: Sequence[SpawnProcess]) -> Generator[None]:
-    for process in processes:
-        process.start()
+def _started(processes: Sequence[SpawnProcess], environment: Mapping[str, str]) -> Generator[None]:
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        for name in environment:
+            os.environ.pop(name)
+        os.environ.update(before)
     try:
         yield
     finally:
@@ -92,9 +108,11 @@ def _next(results: "Queue[Any]", processes: Sequence[SpawnProcess]) -> Any:
         return answer
 
 
-def _serve(tasks: "Queue[Any]", results: "Queue[Any]", work: Callable[[Any], Any]) -> None:
-    # As many processes as cores: torch's threads would only wait for each other.
+def _serve(tasks: "Queue[Any]", results: "Queue[Any]", work: Callable[[Any], Any], core: int | None) -> None:
+    # As many processes as cores: threads of torch and XLA would only wait for each other.
     torch.set_num_threads(1)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     try:
         while (group := tasks.get()) is not None:
             for answer in _done(group, work):

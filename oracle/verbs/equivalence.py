@@ -1,6 +1,7 @@
-"""`equivalence`: every family and dtype, and faults that must be found."""
+"""`equivalence`: every family, shape and dtype, and faults that must be found."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ from oracle.verbs import arguments as shared
 def add(verbs: Any) -> None:
     """Declare the verb."""
     parser: argparse.ArgumentParser = verbs.add_parser("equivalence", help="every family and dtype, and planted faults")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON reports")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the reports")
+    shared.add_ci(parser)
+    shared.add_calibration(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry it out; the exit code."""
+    """Carry it out; the exit code. On GitHub the job's summary page gets the summary without being asked."""
     shared.require_torch()
-    from oracle.equivalence import show
+    shared.check_ci(arguments)
+    github = os.environ.get("GITHUB_STEP_SUMMARY")
+    if arguments.summary is None and github:
+        arguments.summary = Path(github)
+    from oracle import equivalence
 
-    return show(arguments.out)
+    outcomes = equivalence.show(arguments.out, arguments.calibration)
+    shared.write_ci(arguments, outcomes)
+    return equivalence.exit_code(outcomes)
