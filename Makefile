@@ -10,6 +10,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The tested versions; /dev/null takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
+# Limits of the oracle for `make equivalence`, by default those it comes with. With another
+# JAX, torch or backend, name a file: it is measured first if it does not exist.
+#   make equivalence CALIBRATION=build/calibration.json
+CALIBRATION ?=
 # Test processes (0 runs the tests in pytest's own), and further arguments to pytest.
 WORKERS ?= 2
 ARGS ?=
@@ -26,13 +30,13 @@ help:
 	@echo "make demo         train, fine-tune, check and compare a small model from nothing (about 4 minutes)"
 	@echo "make test         the whole test suite (at most 10 minutes on two cores)"
 	@echo "make test-quick   without the slow tests (at most 3 minutes)"
-	@echo "make equivalence  JAX against PyTorch for both model families in fp32 and bf16; report in build/equivalence"
+	@echo "make equivalence  JAX against PyTorch: every family, shape and dtype, and planted faults; build/equivalence"
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make bench        decode and training speed"
 	@echo "make install      everything the other targets need, into $(VENV)"
 	@echo "make clean        remove caches and build output; keeps $(VENV), demo and runs"
-	@echo "Variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' CONSTRAINTS=$(CONSTRAINTS) WORKERS=$(WORKERS) ARGS='$(ARGS)'"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' CONSTRAINTS=$(CONSTRAINTS) WORKERS=$(WORKERS) CALIBRATION=$(CALIBRATION) ARGS='$(ARGS)'"
 
 install: $(VENV)/installed-test
 
@@ -45,8 +49,14 @@ test: $(VENV)/installed-test
 test-quick: $(VENV)/installed-test
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-equivalence: $(VENV)/installed-oracle
-	@$(BIN)/python -m oracle equivalence --out build/equivalence
+equivalence: $(VENV)/installed-oracle $(CALIBRATION)
+	@$(BIN)/python -m oracle equivalence --out build/equivalence $(if $(CALIBRATION),--calibration $(CALIBRATION))
+
+ifneq ($(CALIBRATION),)
+$(CALIBRATION): | $(VENV)/installed-oracle
+	@mkdir -p $(dir $@)
+	@$(BIN)/python -m oracle calibrate --quick --out $@
+endif
 
 lint: $(VENV)/installed-test
 	@echo "ruff check"
