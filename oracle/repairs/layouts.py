@@ -232,7 +232,7 @@ def _moves(back: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> bool:
 @both
 def not_split(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Iterator[Variant]:
     """Ours is the whole of a fused tensor, the file's a part of it."""
-    if site.name in EMBEDDINGS or ours.ndim != theirs.ndim:
+    if site.name in EMBEDDINGS or ours.ndim != theirs.ndim or next(repeated_heads(site), None) is not None:
         return
     for axis in range(ours.ndim):
         width = theirs.shape[axis]
