@@ -14,8 +14,8 @@ ASKS = {
     "environment": "Can a comparison here mean anything?",
     "ids": "Does text become the same ids?",
     "bits": "Are the parameters those of the file?",
-    "statistics": "Are they numbers such tensors can hold?",
-    "operators": "Is each op right on the reference’s inputs?",
+    "statistics": "Can their values be right?",
+    "operators": "Is each op right by itself?",
     "forward": "Do both agree when they run freely?",
     "loss": "Is the loss of each token the same?",
     "gradients": "Is the gradient of each parameter?",
@@ -24,16 +24,16 @@ ASKS = {
 }
 """The rungs in causal order, and what each asks."""
 MAPS = {
-    "operators": ("Local error", "Each op on the reference’s own inputs: what is dark here begins here."),
-    "forward": ("Inherited error", "Both models running freely: what went wrong is carried to all that follows."),
-    "gradients": ("Gradients", "The gradient of each parameter."),
+    "operators": ("Local error", "Each op on the reference’s inputs"),
+    "forward": ("Inherited error", "Both models running freely"),
+    "gradients": ("Gradients", "Each parameter’s gradient"),
 }
 """Rungs that are drawn whenever they were climbed."""
 OTHER_MAPS = {
-    "bits": ("Parameters", "Each against the file, element by element."),
-    "statistics": ("Parameters’ statistics", "Each against what its kind can be."),
-    "optimizer": ("Optimizer", "Each parameter after the optimizer’s steps, the worst of all."),
-    "decode": ("Cached decoding", "The worst of prefill and all steps."),
+    "bits": ("Parameters", "Each against the file"),
+    "statistics": ("Parameters’ statistics", "Each against what its kind can be"),
+    "optimizer": ("Optimizer", "Each parameter after its steps"),
+    "decode": ("Cached decoding", "The worst of prefill and steps"),
 }
 """Rungs that are drawn when they fail."""
 MARK = {"pass": "✓", "fail": "✕", "inconclusive": "?"}
@@ -120,9 +120,15 @@ def maps(report: Report) -> Markup:
     keys = [heat_map.key(kind) for kind in sorted(measured, reverse=True)]
     figures = tag("div", *(heat_map.render(*item) for item in drawn), class_="figures")
     hint = tag("p", "Point at a cell, or walk through a map with the arrow keys, to read its numbers.", class_="hint")
-    return section(
-        "Where it differs" if report.broken else "Layer by layer", *keys, figures, hint, *map(_broken, report.rungs)
-    )
+    title = "Where it differs" if report.broken else "Layer by layer"
+    return section(title, *_reading(report), *keys, figures, hint, *map(_broken, report.rungs))
+
+
+def _reading(report: Report) -> Iterator[Markup]:
+    broken = {rung.name for rung in report.rungs if rung.verdict == "fail"}
+    if "operators" in broken and len(broken) > 1:
+        text = "Local error shows where a difference begins; the other maps, what it does to all that follows."
+        yield tag("p", text)
 
 
 def _broken(rung: RungResult) -> Markup:

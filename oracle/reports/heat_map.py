@@ -119,7 +119,7 @@ def render(rung: RungResult, title: str, explanation: str) -> Markup:
     columns = -(-grid.layers // grid.group)
     rows = _shortened([*_rows(grid, columns, rung.first)])
     head = tag("thead", tag("tr", tag("th", "layer", scope="col"), *_heads(grid, columns))) if columns else ""
-    caption = tag("caption", tag("strong", title), " ", explanation)
+    caption = tag("caption", tag("strong", title), explanation)
     table = tag("table", caption, head, tag("tbody", *rows), class_="map")
     region = {"role": "region", "aria-label": title, "tabindex": "0"}
     width = "many" if columns > 16 else "few" if columns <= 8 else None
