@@ -17,12 +17,14 @@ from oracle.comparison import Comparison
 from oracle.repairs.catalogue import REPAIRS
 from oracle.repairs.repair import Repair, Variant
 from oracle.results import UNKNOWN, Cause, Finding, Report, RungResult
-from oracle.rungs import bits
+from oracle.rungs import bits, decode, forward
 from oracle.rungs.operators import OpSite
 from oracle.site import Site
 
 MOST_CAUSES = 8
 """A model with more faults than that is not repaired one by one."""
+INHERITED = (forward.NAME, decode.NAME)
+"""Rungs in which a difference spreads to what is computed from it."""
 FALLS = 0.5
 """A repair takes away at least half of the error: a limit that was barely exceeded proves nothing."""
 
@@ -199,7 +201,8 @@ def _everywhere(comparison: Comparison, rung: RungResult, best: _Attempt) -> tup
     for site in ladder.sites(comparison, rung.name, _alike(rung)):
         site, finding = site.of(candidate), site.finding
         if site.measure(candidate).ok:
-            others.append(finding.tap)
+            # Behind a wrong activation others were wrong as well, by no fault of their own.
+            others += [] if rung.name in INHERITED else [finding.tap]
             continue
         helping = next((a for repair in same for a in _tried(repair, site) if _undoes(a, finding)), None)
         if helping is not None:

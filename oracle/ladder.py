@@ -78,6 +78,7 @@ SITES: dict[str, Callable[[Comparison, Finding], Site]] = {
     ids.NAME: ids.site,
     bits.NAME: bits.site,
     operators.NAME: operators.site,
+    forward.NAME: forward.site,
 }
 """Rungs that can measure one of their findings alone; the others are run again as a whole."""
 
@@ -89,9 +90,11 @@ def site(comparison: Comparison, rung: str, finding: Finding) -> Site:
 
 
 def sites(comparison: Comparison, rung: str, findings: Sequence[Finding]) -> Iterator[Site]:
-    """`site` of several findings in execution order; ops share one forward of the reference."""
+    """`site` of several findings in execution order; ops and taps share one forward of the reference."""
     if rung == operators.NAME:
         yield from operators.sites(comparison, findings)
+    elif rung == forward.NAME:
+        yield from forward.sites(comparison, findings)
     else:
         yield from (site(comparison, rung, finding) for finding in findings)
 

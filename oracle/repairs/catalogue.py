@@ -1,6 +1,12 @@
 """Every repair, narrow ones first: of two that undo a difference alike, the first is named and the other a tie."""
 
-from oracle.repairs import configuration, operators, parameters, text
+from oracle.repairs import configuration, operators, parameters, text, wiring
 from oracle.repairs.repair import Repair
 
-REPAIRS: tuple[Repair, ...] = (*text.REPAIRS, *parameters.REPAIRS, *configuration.REPAIRS, *operators.REPAIRS)
+REPAIRS: tuple[Repair, ...] = (
+    *text.REPAIRS,
+    *parameters.REPAIRS,
+    *configuration.REPAIRS,
+    *operators.REPAIRS,
+    *wiring.REPAIRS,
+)

@@ -46,7 +46,7 @@ def forced_findings(candidate: Candidate, reference: Reference, forced: Forced, 
     """One finding per tap and step. The cache begins with the prompt's bucket and grows as generation's does."""
     lengths = np.array([len(prompt) for prompt in forced.prompts], np.int32)
     cache = candidate.empty_cache(len(lengths), int(lengths.max()))
-    sides = _Sides(candidate, judge, lengths, reference.truth, reference.peer)
+    sides = Sides(candidate, judge, lengths, reference.truth, reference.peer)
     findings: list[Finding] = []
     ids, counts = right_padded(forced.prompts), lengths
     for step in range(len(forced.ids) + 1):
@@ -58,7 +58,7 @@ def forced_findings(candidate: Candidate, reference: Reference, forced: Forced, 
     return findings
 
 
-class _Sides:
+class Sides:
     """Advances truth and peer beside the candidate."""
 
     def __init__(self, candidate: Candidate, judge: Judge, lengths: np.ndarray, truth: Model, peer: Model):
@@ -72,8 +72,8 @@ class _Sides:
     def compare(self, taps: dict[str, Any], step: int, forced: Forced) -> list[Finding]:
         """All taps of one forward on the real tokens."""
         where = ", ".join(filter(None, (forced.label, f"step {step}" if step else "prefill")))
-        ours, theirs = self._windows(step)
-        sides = self._advance(step, forced)
+        ours, theirs = self.windows(step)
+        sides = self.advance(step, forced)
         findings: list[Finding] = []
         allowed: list[np.ndarray] | None = None
         for op in self.ops:
@@ -103,7 +103,8 @@ class _Sides:
         problem = "a token may attend to padding or to a slot that was never written"
         return [] if hidden else [Finding(op.tap, op.function, ok=False, where=where, problem=problem)]
 
-    def _windows(self, step: int) -> tuple[Window, Window]:
+    def windows(self, step: int) -> tuple[Window, Window]:
+        """Where the real tokens of a step are in the candidate's arrays, and in the references'."""
         width = int(self.lengths.max())
         ends = self.lengths + step
         pads = width - self.lengths
@@ -113,7 +114,8 @@ class _Sides:
             return Window(one, sources[0]), Window(one, sources[1])
         return Window(sources[0], sources[0]), Window(sources[1], sources[1])
 
-    def _advance(self, step: int, forced: Forced) -> list[dict[str, np.ndarray]]:
+    def advance(self, step: int, forced: Forced) -> list[dict[str, np.ndarray]]:
+        """All taps of truth, peer and echoes in the next step."""
         width = int(self.lengths.max())
         pads = width - self.lengths
         if step:

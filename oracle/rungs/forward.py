@@ -1,17 +1,22 @@
 """Rung forward: both models run freely on the same ids, every tap compared, then the KL of the logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from jaxgpt import model
 from jaxgpt.taps import Op, ops
-from oracle import noise
-from oracle.candidate import Candidate
+from oracle import noise, residual
+from oracle.candidate import Candidate, Unrunnable
 from oracle.compare import Judge
+from oracle.comparison import Comparison
 from oracle.probe import Probe
 from oracle.reference import Reference, to_numpy
-from oracle.results import Finding, RungResult
+from oracle.results import Finding, Residual, RungResult
+from oracle.site import Site
 from oracle.streaming import Reader
 
 NAME = "forward"
@@ -58,3 +63,81 @@ def _summary(findings: list[Finding]) -> str:
     kl = next((finding.error for finding in findings if finding.op == "kl"), float("nan"))
     broken = sum(not finding.ok for finding in findings)
     return f"{len(findings)} comparisons of free-running taps, {broken} beyond noise; max KL per token {kl:.1e} nats"
+
+
+# -- One tap ---------------------------------------------------------------------------
+
+
+@dataclass
+class Forwards:
+    """Forwards on one probe; the last candidate's taps are kept."""
+
+    probe: Probe
+    _of: Candidate | None = None
+    _taps: dict[str, Any] = field(default_factory=dict)
+
+    def taps(self, candidate: Candidate) -> dict[str, Any]:
+        """All taps.
+
+        Raises:
+            Unrunnable: see `Candidate.forward`.
+        """
+        if self._of is not candidate:
+            self._taps = candidate.forward(self.probe.ids, self.probe.positions, self.probe.segments)
+            self._of = candidate
+        return self._taps
+
+
+@dataclass(frozen=True)
+class ForwardSite(Site):
+    """A tap that differs in a free-running forward though its op, alone, is right."""
+
+    op: Op
+    forwards: Forwards
+    truth: np.ndarray
+    peers: Sequence[np.ndarray]
+    """The peer's tap, then the echoes'."""
+    allowed: Sequence[np.ndarray]
+
+    def measure(self, candidate: Candidate) -> Finding:
+        """See `Site.measure`."""
+        ours = np.asarray(self.forwards.taps(candidate)[self.op.tap])
+        versions = [ours, self.truth, *self.peers]
+        return _finding(self.op, versions, list(self.allowed), self.comparison.judge(NAME))
+
+    def residual(self) -> Residual | None:
+        """See `Site.residual`."""
+        try:
+            ours = np.asarray(self.forwards.taps(self.candidate)[self.op.tap])
+        except Unrunnable:
+            return None
+        return residual.describe(self.op.tap, ours, self.truth)
+
+    def substitute(self) -> Candidate | None:
+        """The candidate with the model's own forward pass."""
+        own = self.candidate.forward_pass is model.forward
+        return None if own else replace(self.candidate, forward_pass=model.forward)
+
+
+def site(comparison: Comparison, finding: Finding) -> Site:
+    """The tap of a finding."""
+    return next(sites(comparison, [finding]), Site(comparison, NAME, finding))
+
+
+def sites(comparison: Comparison, findings: Sequence[Finding]) -> Iterator[Site]:
+    """The taps of some findings, in execution order, in one forward of each reference."""
+    wanted = {finding.tap: finding for finding in findings if finding.op != "kl"}
+    probe, reference = comparison.sequences(), comparison.reference
+    forwards, allowed = Forwards(probe), list[np.ndarray]()
+    with ExitStack() as stack:
+        streams = [reference.truth.stream(probe), *reference.draws(probe)]
+        readers = [Reader(stack.enter_context(closing(items))) for items in streams]
+        for op in ops(comparison.candidate.config):
+            theirs = [to_numpy(value) for value in (reader.take(op.tap) for reader in readers) if value is not None]
+            if op.function == "attention_mask":
+                allowed = theirs[:1]
+            finding = wanted.pop(op.tap, None)
+            if finding is not None and len(theirs) == len(readers):
+                yield ForwardSite(comparison, NAME, finding, op, forwards, theirs[0], theirs[1:], allowed)
+            if not wanted:
+                return
