@@ -151,6 +151,7 @@ class Cause:
             "name": self.name,
             "rung": self.rung,
             "tap": self.tap,
+            "op": self.before.op,
             "change": self.change,
             "advice": self.advice,
             "error_before": _number(self.before.error),

@@ -136,6 +136,25 @@ def _one(found: Finding) -> heat_map.Cell:
     return cell
 
 
+@pytest.mark.parametrize(
+    ("rung", "tap", "op", "shown"),
+    [
+        ("bits", "layers.1.attn.q", "kernel", "layers.1.attn.q.kernel, a parameter"),
+        ("gradients", "layers.1.attn.q.kernel", "kernel", "layers.1.attn.q.kernel, a parameter"),
+        ("operators", "layers.1.attn.q", "projection", "layers.1.attn.q, op projection (its inputs are clean)"),
+        ("operators", "", "", "the rung operators"),
+    ],
+)
+def test_a_place_is_called_by_the_whole_name_of_its_tap_or_parameter(rung: str, tap: str, op: str, shown: str):
+    result = RungResult(rung, [Finding(tap, op, ok=False, problem="it differs")], "")
+    text, seen = both_forms(Report([result], [], {}))
+    assert text.startswith(f"FAIL. First divergence: {shown}. It differs.")
+    assert shown.partition(",")[0] in seen
+    if tap:
+        row = heat_map.arrange(result).inside
+        assert list(row) == ["attn.q.kernel" if op == "kernel" else "attn.q"]
+
+
 def test_a_broken_comparison_is_worse_than_any_that_holds():
     cell = heat_map.Cell()
     cell.add(Finding("mask", "attention_mask", ok=False, problem="the patterns differ"))

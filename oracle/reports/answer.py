@@ -82,7 +82,7 @@ def _divergence(rung: RungResult) -> Markup:
     if not found.tap:
         return join([f"In the rung {rung.name}. ", prose(wording.size(rung.name, found))])
     parts: list[object] = [name(wording.place(rung.name, found)), " · "]
-    parts.append(f"op {found.op}" if wording.place(rung.name, found) == found.tap else "a parameter")
+    parts.append("a parameter" if wording.is_parameter(rung.name, found) else f"op {found.op}")
     parts.append(f" · {found.where}" if found.where else "")
     parts.append(f" · rung {rung.name}. ")
     parts.append(
@@ -100,20 +100,20 @@ def _causes(report: Report) -> Iterator[Markup]:
         yield from _fact("Cause", join(text))
         return
     for place, cause in enumerate(report.causes[:MOST_CAUSES], start=1):
-        yield from _cause(report, cause, place)
+        yield from _cause(cause, place)
     more = len(report.causes) - MOST_CAUSES
     if more > 0:
         yield from _fact("Further causes", escape(f"{more:,} more"))
     yield from _outcome(report)
 
 
-def _cause(report: Report, cause: Cause, place: int) -> Iterator[Markup]:
+def _cause(cause: Cause, place: int) -> Iterator[Markup]:
     standing = wording.standing(cause)
     badge = tag("span", standing, class_=f"badge {standing.replace(' ', '-')}")
     title: list[object] = [tag("strong", cause.name[:1].upper() + cause.name[1:])]
     title += [" ", badge] if cause.name != UNKNOWN else []
     if place > 1:
-        title += [" at ", name(wording.origin(report, cause))]
+        title += [" at ", name(wording.place(cause.rung, cause.before))]
     yield from _fact("Cause" if place == 1 else f"Cause {place}, behind it", join(title), *_doubts(cause))
     if cause.name == UNKNOWN:
         look = wording.LOOK.get(cause.rung)

@@ -168,14 +168,14 @@ def _finding(found: Finding) -> Markup:
 def residuals(report: Report) -> Markup:
     """The structure of each cause's difference."""
     shown = [(cause, cause.residual) for cause in report.causes[:MAX_RESIDUALS] if cause.residual is not None]
-    return section("What the difference looks like", *(_residual(report, *item) for item in shown))
+    return section("What the difference looks like", *(_residual(*item) for item in shown))
 
 
 MAX_RESIDUALS = 8
 
 
-def _residual(report: Report, cause: Cause, residual: Residual) -> Markup:
-    title = tag("h3", name(wording.origin(report, cause)))
+def _residual(cause: Cause, residual: Residual) -> Markup:
+    title = tag("h3", name(wording.place(cause.rung, cause.before)))
     said = [tag("li", prose(wording.sentence(text))) for text in residual.sentences]
     shape = " × ".join(f"{axis} {size:,}" for axis, size in zip(residual.profiles, residual.shape, strict=False))
     numbers = f"Shape {shape}. Nearest multiple of the truth: {number(residual.scale, 6)}; "

@@ -172,7 +172,7 @@ def _cause(value: _Value) -> Cause:
     before, after = (
         Finding(
             tap=tap,
-            op="",
+            op=value.key("op").text(),
             ok=name == "after",
             error=value.key(f"error_{name}").number(),
             aggregate=value.key(f"noise_{name}").number(),

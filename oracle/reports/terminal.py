@@ -38,8 +38,10 @@ def _listed(report: Report) -> str:
 def _place(rung: RungResult, found: Finding) -> str:
     where = f" ({found.where})" if found.where else ""
     place = wording.place(rung.name, found)
-    if place != found.tap:
-        return f"{place}, a parameter{where}" if found.op else f"{place}{where}"
+    if not found.op:
+        return f"{place}{where}"
+    if wording.is_parameter(rung.name, found):
+        return f"{place}, a parameter{where}"
     clean = " (its inputs are clean)" if rung.name == "operators" else ""
     return f"{place}, op {found.op}{where}{clean}"
 
@@ -79,7 +81,7 @@ def causes(report: Report) -> Iterator[str]:
     for number, cause in enumerate(report.causes, start=1):
         label = "Cause" if number == 1 else f"Cause {number}, behind it"
         standing = "" if cause.name == UNKNOWN else f" ({wording.standing(cause)})"
-        yield f"{label}: {cause.name}, at {wording.origin(report, cause)}{standing}."
+        yield f"{label}: {cause.name}, at {wording.place(cause.rung, cause.before)}{standing}."
         yield from (f"  {line}" for line in _explained(cause))
     if report.repaired is not None:
         yield f"{wording.repaired(report)}: {verdict(report.repaired)}"

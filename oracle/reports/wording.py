@@ -26,18 +26,18 @@ def sentence(text: str) -> str:
     return (text[:1].upper() if is_word else text[:1]) + text[1:] + ("" if text.endswith((".", "…", "!", "?")) else ".")
 
 
+def is_parameter(rung: str, found: Finding) -> bool:
+    """The finding is about a parameter, its gradient or its update; its op is the parameter's leaf."""
+    if not found.tap and not found.op:
+        return False
+    return rung == "bits" or (rung != "operators" and found.op in ("kernel", "weight", "bias"))
+
+
 def place(rung: str, found: Finding) -> str:
-    """The tap, or the parameter by its whole name."""
-    if rung == "bits" or (rung != "operators" and found.op in ("kernel", "weight", "bias")):
+    """The tap, or the parameter by its whole name, which the tap is in some rungs."""
+    if is_parameter(rung, found) and not found.tap.endswith(f".{found.op}"):
         return f"{found.tap}.{found.op}".strip(".")
     return found.tap or f"the rung {rung}"
-
-
-def origin(report: Report, cause: Cause) -> str:
-    """Where a cause's difference began; a parameter by its whole name where the report still has it."""
-    broken = (f for rung in report.rungs if rung.name == cause.rung for f in rung.findings if not f.ok)
-    found = next((f for f in broken if f.tap == cause.tap), cause.before)
-    return place(cause.rung, found)
 
 
 def proof(cause: Cause) -> str:
