@@ -3,6 +3,7 @@
 from oracle.faults.fault import Fault
 from oracle.faults.tables.attention import ATTENTION
 from oracle.faults.tables.ops import OPERATORS
+from oracle.faults.tables.training import TRAINING
 from oracle.faults.tables.weights import WEIGHTS
 from oracle.faults.tables.wiring import DECODING, WIRING
 
@@ -11,6 +12,7 @@ KINDS: dict[str, tuple[Fault, ...]] = {
     "ops": (*OPERATORS, *ATTENTION),
     "wiring": WIRING,
     "decoding": DECODING,
+    "training": TRAINING,
 }
 CATALOGUE: tuple[Fault, ...] = tuple(fault for rows in KINDS.values() for fault in rows)
 """One row a class and place."""

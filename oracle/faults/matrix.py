@@ -5,15 +5,17 @@ where it stopped; `oracle.faults.figures` makes the tables of it.
 """
 
 import json
+import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oracle import clean, models, weight_kinds
-from oracle.faults import mutants, trial, workers
+from oracle import clean, models, weight_kinds, workers
+from oracle.faults import mutants, trial
 from oracle.faults.mutants import BOTH, Mutant
 from oracle.faults.trial import Record
 
@@ -104,17 +106,31 @@ def _carried_out(
     todo: Sequence[Mutant], left: Sequence[clean.Run], processes: int, progress: Callable[[str], None]
 ) -> Iterator[Record]:
     start = time.perf_counter()
-    stages = (
-        ("mutants", mutant_groups(todo), trial.tried, UNOPTIMIZED),
-        ("clean runs", clean_groups(left), trial.untouched, {}),
+    stages: tuple[tuple[str, list[list[Any]], Callable[[Any], Record], Mapping[str, str]], ...] = (
+        ("mutants", [[m.key for m in group] for group in mutant_groups(todo)], trial.tried, UNOPTIMIZED),
+        ("clean runs", list(clean.groups(left)), trial.untouched, {}),
     )
-    for title, groups, work, environment in stages:
+    for title, groups, work, variables in stages:
         total = sum(map(len, groups))
         if not total:
             continue
-        for number, record in enumerate(workers.answers(groups, work, processes, environment), start=1):
-            progress(f"{number}/{total} {title}, {time.perf_counter() - start:.0f} s: {line(record)}")
-            yield record
+        with _environment(variables):
+            for number, record in enumerate(workers.answers(groups, work, processes), start=1):
+                progress(f"{number}/{total} {title}, {time.perf_counter() - start:.0f} s: {line(record)}")
+                yield record
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Of the processes that are started meanwhile; JAX reads it when it is imported."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 def line(record: Record) -> str:
@@ -131,13 +147,8 @@ def line(record: Record) -> str:
 
 
 def mutant_groups(todo: Sequence[Mutant]) -> list[list[Mutant]]:
-    """Mutants of one model and dtype, at most `GROUP`."""
-    return _cut(todo, lambda mutant: (mutant.model, mutant.dtype), GROUP)
-
-
-def clean_groups(left: Sequence[clean.Run]) -> list[list[clean.Run]]:
-    """Clean runs of one model and dtype."""
-    return _cut(left, lambda run: (run.model, run.dtype), len(left))
+    """Mutants of one model and dtype, at most `GROUP`; large groups first, so that processes end together."""
+    return sorted(_cut(todo, lambda mutant: (mutant.model, mutant.dtype), GROUP), key=len, reverse=True)
 
 
 def _cut(items: Sequence[Any], key: Callable[[Any], Any], most: int) -> list[list[Any]]:

@@ -82,6 +82,22 @@ class Mutant:
         config = config_of(self.model)
         return [(fault.rung, fault.tap(config)) for fault in self.faults]
 
+    @property
+    def key(self) -> "Key":
+        """What another process needs to make the same mutant: functions do not travel."""
+        return self.table, tuple(fault.id for fault in self.faults), self.model, self.dtype
+
+
+Key = tuple[str, tuple[str, ...], str, str]
+"""Table, faults, model, dtype."""
+
+
+def of(key: Key) -> Mutant:
+    """The mutant of a key."""
+    table, ids, model, dtype = key
+    known = {fault.id: fault for fault in (HELD_OUT if table == "held out" else CATALOGUE)}
+    return Mutant(tuple(known[id] for id in ids), model, dtype, table)
+
 
 @dataclass(frozen=True)
 class Equivalent:

@@ -13,7 +13,7 @@ from jaxgpt.taps import Wiring, names
 from oracle import clean, diagnosis, ladder, models, noise
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
-from oracle.faults.mutants import CONFIGS, SEED, Mutant, config_of
+from oracle.faults.mutants import CONFIGS, SEED, Key, Mutant, config_of, of
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Cause, Report
 
@@ -65,9 +65,9 @@ def _rungs(broken: str, mutant: Mutant) -> list[str]:
     return ladder_[: last + 2]
 
 
-def tried(mutant: Mutant) -> Record:
+def tried(key: Key) -> Record:
     """The record of a mutant; a crash of the oracle is one, too."""
-    start = time.perf_counter()
+    mutant, start = of(key), time.perf_counter()
     try:
         record = judged(mutant, bisected(mutant))
     except Exception as error:

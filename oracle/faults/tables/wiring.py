@@ -6,7 +6,7 @@ from oracle.faults import decoding as d
 from oracle.faults import wiring as w
 from oracle.faults.fault import Fault, at, first_mlp_tap, has_rope, instead, is_learned, misread, position_tap
 
-FORWARD, DECODE = "forward", "decode"
+OPERATORS, FORWARD, DECODE = "operators", "forward", "decode"
 KEYS0 = "layers.0.attn.keys"
 MINIMUM = d.FIRST_BUCKET + 2
 
@@ -75,7 +75,7 @@ WIRING = (
         "layer skipped",
         "the config says one layer too few",
         lambda c: misread(num_hidden_layers=_layer_fewer(c.config))(c),
-        "operators",
+        OPERATORS,
         lambda config: f"layers.{_layer_fewer(config)}.attn_norm",
         place="config",
     ),
@@ -200,7 +200,7 @@ DECODING = (
         "stale cache slot",
         "steps do not store their keys",
         instead({"layers.1.attn.keys": d.never_written}),
-        DECODE,
+        OPERATORS,
         at("layers.1.attn.keys"),
         place="not written",
     ),
@@ -213,7 +213,7 @@ DECODING = (
         at(KEYS0),
         _outgrows_bucket,
     ),
-    Fault("cache dtype too low", "the cache is in a narrower dtype", d.too_narrow, DECODE, at(KEYS0)),
+    Fault("cache dtype too low", "the cache is in a narrower dtype", d.too_narrow, OPERATORS, at(KEYS0)),
     Fault(
         "values replaced by keys",
         "the values' buffer holds keys",
