@@ -33,7 +33,12 @@ DECODE = (
     "left-pad positions",
     "batch pad mask ignored",
 )
-TRAINING = ("label shift", "loss mask", "gradients", "optimizer", "dropout in training")
+TRAINING = {
+    "loss": ("label shift", "loss mask", "padding trained", "dropout in training", "loss normalisation"),
+    "gradients": ("gradients",),
+    "optimizer": ("gradient accumulation", "clipping", "learning-rate schedule", "weight decay", "optimizer"),
+}
+"""By the rung that shows them."""
 TEXT = (
     "special ids",
     "special ids saved wrong",
@@ -51,14 +56,14 @@ def classes(comparison: "Comparison", rungs: Sequence[str]) -> tuple[list[str], 
     """Names of the exposed classes, and the reason for each hidden one."""
     config = comparison.candidate.config
     hidden = _without_rungs(rungs) | _without_weights(comparison, rungs) | _by_config(config)
-    hidden |= dict.fromkeys(TRAINING, "no rung compares training yet")
     hidden |= _by_text(comparison, rungs)
-    known = [*WEIGHTS, *EXPORT, *OPERATORS, *DECODE, *TEXT, *_CONFIG_CLASSES]
+    training = [name for names in TRAINING.values() for name in names]
+    known = [*WEIGHTS, *EXPORT, *OPERATORS, *training, *DECODE, *TEXT, *_CONFIG_CLASSES]
     return [name for name in known if name not in hidden], hidden
 
 
 def _without_rungs(rungs: Sequence[str]) -> dict[str, str]:
-    needs = {"bits": [*WEIGHTS, *EXPORT], "operators": [*OPERATORS, *_CONFIG_CLASSES], "decode": DECODE}
+    needs = {"bits": [*WEIGHTS, *EXPORT], "operators": [*OPERATORS, *_CONFIG_CLASSES], "decode": DECODE, **TRAINING}
     missing = {rung: names for rung, names in needs.items() if rung not in rungs}
     return {name: f"the rung {rung} was not reached" for rung, names in missing.items() for name in names}
 

@@ -1,6 +1,7 @@
 """One lesson for both sides: what the training rungs put to the candidate, and the reference's answers to it."""
 
 import dataclasses
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Lesson:
     def token_losses(self, batch: training.Batch) -> np.ndarray:
         """The candidate's, dropout off although the config has rates: that is the losses' own business."""
         config = training_probe.with_dropout(self.candidate.config)
-        arrays = {name: jnp.asarray(array) for name, array in _items(batch)}
+        arrays = {name: jnp.asarray(array) for name, array in as_product(batch).items()}
         with unrunnable("loss"):
             return np.asarray(self.candidate.training.losses(config, self.master, arrays, self.candidate.dtype))
 
@@ -92,9 +93,10 @@ def _key(settings: TrainSettings) -> Any:
     return jax.random.key_data(jax.random.key(settings.seed))
 
 
-def _items(batch: training.Batch) -> list[tuple[str, np.ndarray]]:
+def as_product(batch: training.Batch) -> dict[str, np.ndarray]:
+    """A batch of the reference in the product's dtypes."""
     arrays: Any = training_reference.as_product(batch)
-    return list(arrays.items())
+    return arrays
 
 
 def _stacked(batches: Sequence[training.Batch]) -> Any:
@@ -150,10 +152,10 @@ def gradient_batches(lesson: Lesson) -> list[training.Batch]:
 
 
 @contextmanager
-def one_thread() -> Generator[None, None, None]:
-    """For small models: torch's threads would only wait for each other."""
+def threads(*, large: bool) -> Generator[None, None, None]:
+    """Torch's own number for a large model, one for a small one: more would only wait for each other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before if large else 1)
     try:
         yield
     finally:
@@ -166,7 +168,7 @@ def gradients(
 ) -> tuple[tuple[float, Arrays], tuple[float, Arrays]]:
     """Truth's and peer's mean loss and gradient over all micro-batches of a small model."""
     batches = training_reference.micro_batches(corpus, settings)
-    with one_thread():
+    with threads(large=False):
         truth, peer = (
             training_reference.gradients(model.decoder, batches) for model in (reference.truth, reference.peer)
         )
@@ -178,7 +180,7 @@ class Course:
     """The reference's steps."""
 
     clip_norm: float
-    """Gradient norm of the first step, the unit of the settings' clip norm."""
+    """About the first step's gradient norm: the unit of the settings' clip norm."""
     start: Arrays
     truth: Sequence[State]
     peer: Sequence[State]
@@ -197,9 +199,9 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
     size = settings.accumulate
     grouped = [batches[start : start + size] for start in range(0, len(batches), size)]
     truth, peer = (_model(model.decoder, ids) for model in (reference.truth, reference.peer))
-    with one_thread():
+    with threads(large=bool(ids)):
         _, first = training.gradients(truth, grouped[0])
-        norm = float(f"{training.global_norm(first):.3g}")
+        norm = _on_grid(training.global_norm(first))
         states = [
             training_reference.steps(
                 training_reference.trainer(model, scaled(settings, norm), dtype), grouped, settings.steps
@@ -207,6 +209,18 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
             for model, dtype in ((truth, torch.float64), (peer, torch.float32))
         ]
     return Course(norm, training_reference.named(dict(truth.named_parameters())), *states)
+
+
+def _on_grid(norm: float) -> float:
+    """The nearest power of √2: settings are compiled in, and models of one kind should share a compilation."""
+    return 2 ** (round(2 * math.log2(norm)) / 2) if norm else 1.0
+
+
+def course_of(comparison: Comparison) -> Course:
+    """The reference's steps that belong to `part(comparison)`."""
+    asked = part(comparison)
+    ids = asked.candidate.config.vocab_size if training_probe.is_large(comparison.candidate.config) else 0
+    return course(comparison.reference, ids, asked.corpus, asked.settings)
 
 
 def _model(decoder: Decoder, ids: int) -> Decoder:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle import lesson, noise, training_noise, training_reference
+from oracle import lesson, noise, training_noise, training_probe, training_reference
 from oracle.compare import Judge
 from oracle.comparison import Comparison
 from oracle.lesson import Lesson
@@ -32,7 +32,11 @@ ARRAYS = ("ids", "targets", "mask", "positions", "segments")
 def run(comparison: Comparison) -> RungResult:
     """The five arrays of the batches, per-token losses of each micro-batch, the mean loss."""
     asked = lesson.whole(comparison)
-    batches = lesson.micro_batches(asked)
+    with lesson.threads(large=training_probe.is_large(asked.candidate.config)):
+        return _compared(comparison, asked, lesson.micro_batches(asked))
+
+
+def _compared(comparison: Comparison, asked: Lesson, batches: Sequence[training.Batch]) -> RungResult:
     findings = batch_findings(asked, batches)
     judge = comparison.judge(NAME)
     reference = comparison.reference
@@ -58,16 +62,11 @@ def _summary(findings: Sequence[Finding], batches: Sequence[training.Batch]) -> 
 def batch_findings(asked: Lesson, batches: Sequence[training.Batch]) -> list[Finding]:
     """One finding for each array of a batch, over all micro-batches."""
     ours: Sequence[Any] = asked.own_batches()
-    theirs = [dict(_items(batch)) for batch in batches]
+    theirs = [lesson.as_product(batch) for batch in batches]
     if len(ours) != len(theirs):
         problem = f"{len(ours)} micro-batches, the reference makes {len(theirs)}"
         return [Finding(BATCH + name, name, ok=False, problem=problem) for name in ARRAYS]
     return [_batch_finding(name, ours, theirs) for name in ARRAYS]
-
-
-def _items(batch: training.Batch) -> list[tuple[str, np.ndarray]]:
-    arrays: Any = training_reference.as_product(batch)
-    return list(arrays.items())
 
 
 def _batch_finding(name: str, ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> Finding:

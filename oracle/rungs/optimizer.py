@@ -37,8 +37,7 @@ def run(comparison: Comparison) -> RungResult:
     """The learning rate of each step, and after some of them every parameter."""
     asked = lesson.part(comparison)
     large = training_probe.is_large(comparison.candidate.config)
-    ids = asked.candidate.config.vocab_size if large else 0
-    course = lesson.course(comparison.reference, ids, asked.corpus, asked.settings)
+    course = lesson.course_of(comparison)
     answers = asked.steps(lesson.groups(asked), course.clip_norm, asked.settings.steps)
     judge = comparison.judge(NAME)
     findings: list[Finding] = []
