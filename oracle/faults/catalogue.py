@@ -3,6 +3,7 @@
 from oracle.faults.fault import Fault
 from oracle.faults.tables.attention import ATTENTION
 from oracle.faults.tables.ops import OPERATORS
+from oracle.faults.tables.text import TEXT
 from oracle.faults.tables.training import TRAINING
 from oracle.faults.tables.weights import WEIGHTS
 from oracle.faults.tables.wiring import DECODING, WIRING
@@ -13,6 +14,7 @@ KINDS: dict[str, tuple[Fault, ...]] = {
     "wiring": WIRING,
     "decoding": DECODING,
     "training": TRAINING,
+    "text": TEXT,
 }
 CATALOGUE: tuple[Fault, ...] = tuple(fault for rows in KINDS.values() for fault in rows)
 """One row a class and place."""

@@ -11,6 +11,7 @@ from oracle.candidate import Candidate
 Plant = Callable[[Candidate], Candidate]
 Condition = Callable[[ModelConfig], bool]
 BOTH = ("float32", "bfloat16")
+TEXT = "text"
 
 
 def everywhere(_: ModelConfig) -> bool:
@@ -42,6 +43,8 @@ class Fault:
     """Compute dtypes in which it exists."""
     equivalent: Callable[[ModelConfig, str], str] = _never
     """Why the mistake changes nothing in a model of this config and dtype; empty where it does."""
+    needs: str = ""
+    """`TEXT` if it takes a model with a tokenizer and a template."""
     place: str = ""
     """Tells rows of one class apart."""
     names: frozenset[str] = frozenset()

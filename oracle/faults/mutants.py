@@ -14,7 +14,7 @@ from jaxgpt.config import ModelConfig, from_hf
 from oracle import models
 from oracle.candidate import Candidate
 from oracle.faults.catalogue import CATALOGUE
-from oracle.faults.fault import BOTH, Fault
+from oracle.faults.fault import BOTH, TEXT, Fault
 from oracle.faults.held_out import HELD_OUT
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
@@ -50,8 +50,16 @@ SPECIAL: dict[str, dict[str, models.Config]] = {
     },
 }
 """For classes that exist in none of the others."""
+WITH_TEXT: dict[str, dict[str, models.Config]] = {
+    "GPT-2": {"gpt2-chat": _shortened("gpt2", 16, vocab_size=50_304, n_layer=1, n_embd=8, n_inner=12, n_head=2)},
+    "Llama": {"llama-characters": _shortened("llama", 16, vocab_size=320, num_hidden_layers=1, hidden_size=12)},
+}
+"""With a tokenizer and a template: GPT-2's vocabulary and ChatML; characters and paired tags."""
 CONFIGS: dict[str, models.Config] = {
-    name: config for tables in (FAMILIES, SPECIAL) for family in tables.values() for name, config in family.items()
+    name: config
+    for tables in (FAMILIES, SPECIAL, WITH_TEXT)
+    for family in tables.values()
+    for name, config in family.items()
 }
 
 
@@ -131,7 +139,8 @@ def _planted(faults: Sequence[Fault], table: str) -> Iterator[Mutant]:
 def _where(fault: Fault, family: str, dtype: str) -> list[str]:
     if dtype not in fault.dtypes:
         return []
-    for variants in (FAMILIES[family], SPECIAL[family]):
+    tables = (WITH_TEXT,) if fault.needs == TEXT else (FAMILIES, SPECIAL)
+    for variants in (table[family] for table in tables):
         found = [name for name in variants if fault.applies(config_of(name))]
         if found:
             return found
@@ -171,6 +180,8 @@ def pairs(count: int, seed: int) -> tuple[list[Mutant], list[tuple[str, str]]]:
     rng = random.Random(seed)
     by_place: dict[tuple[str, str], list[Mutant]] = {}
     for mutant in catalogue():
+        if mutant.faults[0].needs:
+            continue  # nothing of a text side can hide a fault of the model, and the other way round
         by_place.setdefault((mutant.model, mutant.dtype), []).append(mutant)
     places = [place for place, mutants in by_place.items() if len(mutants) > 1]
     chosen: dict[str, Mutant] = {}
@@ -210,7 +221,7 @@ def _touched(fault: Fault, pair: Mutant) -> set[str]:
         f"parameter {n}" for n in {*true.stored, *planted.stored} if true.stored.get(n) is not planted.stored.get(n)
     }
     names |= {f"op {key}" for key in planted.replace if planted.replace[key] is not true.replace.get(key)}
-    names |= {part for part in ("text", "training") if getattr(planted, part, None) != getattr(true, part, None)}
+    names |= {part for part in ("training",) if getattr(planted, part) != getattr(true, part)}
     return names
 
 

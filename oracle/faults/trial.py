@@ -1,21 +1,29 @@
 """One trial: a mutant, or a true model, before the oracle; what it said, as a record of JSON values."""
 
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jaxgpt import weights
+import numpy as np
+
+from jaxgpt import chat, checkpoint, weights
+from jaxgpt.checkpoint import Contents
+from jaxgpt.formats import hf
 from jaxgpt.taps import Wiring, names
+from jaxgpt.tokenizer import Tokenizer
 from oracle import clean, diagnosis, ladder, models, noise
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
-from oracle.faults.mutants import CONFIGS, SEED, Key, Mutant, config_of, of
+from oracle.faults.mutants import CONFIGS, SEED, WITH_TEXT, Key, Mutant, config_of, of
+from oracle.faults.tables.text import is_bpe
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Cause, Report
+from oracle.text import Text
 
 Record = dict[str, Any]
 NAMES = 3
@@ -36,9 +44,36 @@ def subject(model: str, dtype: str) -> Subject:
     """The model in a dtype; its folder lives as long as it does."""
     place = TemporaryDirectory()
     folder = models.write(CONFIGS[model], Path(place.name, "hf"), dtype, SEED)
-    made = Subject(models.candidate(folder, dtype), Reference.load(folder, dtype), folder)
+    candidate = models.candidate(folder, dtype)
+    if any(model in family for family in WITH_TEXT.values()):
+        candidate = _with_text(candidate, folder, Path(place.name, "jaxgpt"))
+    made = Subject(candidate, Reference.load(folder, dtype), folder)
     object.__setattr__(made, "_place", place)
     return made
+
+
+CORPUS = "The quick brown fox jumps over the lazy dog. 0123456789\n"
+
+
+def _with_text(candidate: Candidate, folder: Path, directory: Path) -> Candidate:
+    """The model with a text side as it comes out of a checkpoint; the folder gets the tokenizer's files."""
+    template = chat.CHATML if is_bpe(candidate.config) else chat.TAGS
+    kind, rows = "gpt2" if is_bpe(candidate.config) else "char", candidate.config.vocab_size
+    tokenizer = Tokenizer.create(kind, template=template, corpus=[CORPUS], model_vocab_size=rows)
+    params = {name: np.asarray(array) for name, array in candidate.stored.items()}
+    stops = list(tokenizer.stop_ids)
+    contents = Contents(candidate.config, params, "sft", candidate.dtype, stops, tokenizer, template, {})
+    checkpoint.save(directory, 0, contents).result()
+    loaded = checkpoint.load(directory)
+    shutil.rmtree(folder)
+    hf.write(loaded, folder)
+    return replace(candidate, text=Text.of(loaded), real_ids=tokenizer.vocab_size)
+
+
+def compared(true: Subject, candidate: Candidate) -> Comparison:
+    """A candidate beside the true model's folder. A text side's folder is the product's export as well."""
+    export = true.folder if candidate.text else None
+    return Comparison(candidate, true.reference, export, true.folder, noise.stored_calibration(), SEED)
 
 
 def bisected(mutant: Mutant) -> Report:
@@ -51,7 +86,7 @@ def bisected(mutant: Mutant) -> Report:
     candidate = true.candidate
     for fault in mutant.faults:
         candidate = fault.plant(candidate)
-    comparison = Comparison(candidate, true.reference, None, true.folder, noise.stored_calibration(), SEED)
+    comparison = compared(true, candidate)
     found = ladder.climb(comparison)
     if found.verdict == "pass":
         return found
