@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Inconclusive as error:
         print(f"INCONCLUSIVE. {error}.")
         return INCONCLUSIVE
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # Rust code panics with what is no Exception; Python would exit with 1 then: fail
         if debug:
             traceback.print_exc()
         reason = (str(error).splitlines() or [""])[0]

@@ -15,7 +15,7 @@ from jaxgpt.array_files import in_bytes
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig, hf_model_type
 from jaxgpt.errors import InputError
-from oracle import memory
+from oracle import memory, probe
 from oracle.reference import DTYPES, Reference
 
 FAMILIES = {"gpt2": "gpt2", "llama": "llama", "qwen2": "llama"}
@@ -45,7 +45,7 @@ def check(directory: Path, source: Path | None, dtype: str) -> None:
     config = ModelConfig.from_dict({key: described[key] for key in ModelConfig.__dataclass_fields__})
     if source is not None:
         _refuse_another_model(config, source)
-    _refuse_too_large(described["parameters"], dtype)
+    _refuse_too_large(config, described["parameters"], dtype)
 
 
 # -- The same kind of model ------------------------------------------------------------
@@ -100,27 +100,45 @@ _PART = 1 << 22
 
 # -- Room ------------------------------------------------------------------------------
 
-FIXED = 3 << 29
-"""Bytes that the programs, their compilers and the activations of a probe take, whatever the model."""
+FIXED = 1 << 29
+"""Bytes that the programs and their compilers take, whatever the model."""
 MAKE_ROOM = "make room there, or set TMPDIR to a folder with more"
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def _refuse_too_large(parameters: Mapping[str, Mapping[str, Any]], dtype: str) -> None:
-    """The candidate, the peer in its dtype, the truth in float64, and the files a second time for the rung bits."""
-    free = memory.available()
-    if free is None:
-        return
-    stored = sum(_count_of(p) * _WIDTH[p["dtype"]] for p in parameters.values())
-    count = sum(map(_count_of, parameters.values()))
-    computed = count * DTYPES[dtype].itemsize
-    cast = computed if any(p["dtype"] != dtype for p in parameters.values()) else 0
-    need = FIXED + 2 * stored + cast + computed + 8 * count
-    if need > free:
+def _refuse_too_large(config: ModelConfig, parameters: Mapping[str, Mapping[str, Any]], dtype: str) -> None:
+    free, need = memory.available(), needed(config, parameters, dtype)
+    if free is not None and need > free:
+        count = sum(map(_count_of, parameters.values()))
         raise InputError(
             f"comparing {count:,} parameters in {dtype} needs about {in_bytes(need)} of memory, {in_bytes(free)} are "
             "free; close other programs, or compare on a larger machine"
         )
+
+
+def needed(config: ModelConfig, parameters: Mapping[str, Mapping[str, Any]], dtype: str) -> int:
+    """Bytes that a comparison takes at its peak, about.
+
+    The candidate as stored and in its compute dtype, the peer in that dtype, the truth in
+    float64, the files a second time for the rung bits; all activations of the candidate
+    on the longest probe, and the logits of every side.
+    """
+    stored = sum(_count_of(p) * _WIDTH[p["dtype"]] for p in parameters.values())
+    count = sum(map(_count_of, parameters.values()))
+    computed = count * DTYPES[dtype].itemsize
+    cast = computed if any(p["dtype"] != dtype for p in parameters.values()) else 0
+    return FIXED + 2 * stored + cast + computed + 8 * count + _activations(config)
+
+
+def _activations(config: ModelConfig) -> int:
+    tokens = min(probe.LONG, config.max_position_embeddings)
+    attention = 3 * config.num_attention_heads * tokens
+    layer = attention + 12 * config.hidden_size + 3 * config.intermediate_size
+    return tokens * (4 * config.num_hidden_layers * layer + _OF_A_LOGIT * config.vocab_size)
+
+
+_OF_A_LOGIT = 36
+"""Bytes: candidate and three draws of the peer in float32, the truth twice in float64, and part of the difference."""
 
 
 def _count_of(parameter: Mapping[str, Any]) -> int:

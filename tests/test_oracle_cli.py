@@ -34,7 +34,9 @@ def test_a_true_checkpoint_passes_with_its_source_and_writes_the_report(
     code = main(["compare", str(checkpoint), "--reference", str(source), "--json", str(report)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed.startswith("PASS. No difference beyond measured noise in environment, bits, operators, forward")
+    assert printed.startswith(
+        "PASS. No difference beyond measured noise in environment, ids, bits, statistics, operators, forward"
+    )
     document = json.loads(report.read_text())
     assert document["verdict"] == "pass"
     assert document["first_divergence"] is None
@@ -116,7 +118,7 @@ def test_without_torch_the_message_says_what_to_install():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr == "oracle: the oracle needs torch: pip install jaxgpt[oracle]\n"
+    assert run.stderr == "oracle: the oracle needs torch: pip install '.[oracle]'\n"
 
 
 def test_a_report_with_infinite_errors_is_still_json(folders: tuple[Path, Path], tmp_path: Path):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt import model
 from jaxgpt.taps import Op, ops
-from oracle import noise, residual
+from oracle import memory, noise, residual
 from oracle.candidate import Candidate, Unrunnable
 from oracle.compare import Judge
 from oracle.comparison import Comparison
@@ -39,6 +39,8 @@ def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) 
             if op.function == "attention_mask":
                 allowed = [versions[1]]
             findings.append(_finding(op, versions, allowed, judge))
+            if op.tap.endswith("mlp_residual"):
+                memory.release()  # what a layer held, before the logits are wanted
             if op.tap == "logits":
                 findings.append(kl_finding(*versions, judge=judge))
         findings += [judge.missing(Op(tap, "", ()), "candidate") for tap in truth.rest()]
