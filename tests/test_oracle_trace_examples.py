@@ -1,19 +1,41 @@
-"""The worked example: the same network in torch and Flax, each recorded in a process of its own."""
+"""The documented commands, and the worked example: one network in torch and Flax, each recorded by itself."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from oracle.__main__ import main
+from oracle.__main__ import _parser, main
+from oracle.traces import name_map
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def script(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, EXAMPLES / name, *arguments], check=True, capture_output=True)
+
+
+def commands() -> list[str]:
+    pages = [ROOT / "docs/traces.md", EXAMPLES / "README.md"]
+    return [
+        line for page in pages for line in re.findall(r"^\$ python -m oracle (.*)$", page.read_text(), re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_documented_command_is_understood(line: str):
+    assert _parser().parse_args(shlex.split(line)).verb in ("record", "diff")
+
+
+def test_the_documented_map_is_understood(tmp_path: Path):
+    (block,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs/traces.md").read_text(), re.DOTALL)
+    (tmp_path / "names.map").write_text(block)
+    assert len(name_map.load(tmp_path / "names.map")) == 6
 
 
 @pytest.mark.slow

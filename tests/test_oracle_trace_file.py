@@ -57,6 +57,12 @@ def test_arrays_are_mapped_and_not_read_and_cost_one_file_descriptor(tmp_path: P
     assert sum(name.endswith("a.trace") for name in descriptors) <= 1
 
 
+def test_a_trace_may_be_read_by_whom_the_umask_allows(tmp_path: Path):
+    save(TRACE, tmp_path / "a.trace")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.trace").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path):
     with pytest.raises(InputError, match=r"no/such/folder/a\.trace cannot be written"):
         save(TRACE, tmp_path / "no/such/folder/a.trace")

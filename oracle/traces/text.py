@@ -103,7 +103,7 @@ def _suggested(difference: Difference) -> Iterator[str]:
     if not rules:
         return
     yield ""
-    yield "Taps without a partner that look alike; if they are, these lines belong into a --map file:"
+    yield "Taps without a partner that look alike; if they are, these lines belong in a --map file:"
     width = max(len(rule) for rule, _ in rules[:SUGGESTED])
     yield from (f"  {rule:<{width}}  # correlation {score:.4f}" for rule, score in rules[:SUGGESTED])
     if len(rules) > SUGGESTED:

@@ -47,7 +47,10 @@ def save(trace: Trace, path: Path | str) -> None:
             tensors[f"{kind}/{name}"] = np.asarray(array, order="C")
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={_KEY: json.dumps(_description(trace))})
+        partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     trace = selected(_trace(arguments), arguments.include, arguments.exclude)
     trace_file.save(trace, arguments.out)
     size = arguments.out.stat().st_size
-    print(f"{arguments.out}: {len(trace.taps)} taps, {len(trace.inputs)} inputs, {size / 1e6:.1f} MB")
+    print(f"{arguments.out}: {len(trace.taps)} taps, {len(trace.inputs)} inputs, {size / 1e6:.2f} MB")
     for name, reason in list(trace.left_out.items())[:10]:
         print(f"  left out: {name} ({reason})")
     return 0
