@@ -11,7 +11,7 @@ from oracle.candidate import Unrunnable
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.results import Finding, Inconclusive, Report, RungResult
-from oracle.rungs import bits, decode, environment, forward, ids, operators, statistics
+from oracle.rungs import bits, decode, decode_site, environment, forward, ids, operators, statistics
 from oracle.site import Site
 
 Rung = Callable[[Comparison], RungResult]
@@ -79,6 +79,7 @@ SITES: dict[str, Callable[[Comparison, Finding], Site]] = {
     bits.NAME: bits.site,
     operators.NAME: operators.site,
     forward.NAME: forward.site,
+    decode.NAME: decode_site.site,
 }
 """Rungs that can measure one of their findings alone; the others are run again as a whole."""
 

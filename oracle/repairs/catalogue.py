@@ -1,6 +1,6 @@
 """Every repair, narrow ones first: of two that undo a difference alike, the first is named and the other a tie."""
 
-from oracle.repairs import configuration, operators, parameters, text, wiring
+from oracle.repairs import configuration, decoding, operators, parameters, text, wiring
 from oracle.repairs.repair import Repair
 
 REPAIRS: tuple[Repair, ...] = (
@@ -9,4 +9,5 @@ REPAIRS: tuple[Repair, ...] = (
     *configuration.REPAIRS,
     *operators.REPAIRS,
     *wiring.REPAIRS,
+    *decoding.REPAIRS,
 )

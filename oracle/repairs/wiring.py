@@ -51,20 +51,26 @@ class Reading:
 
 def reading(candidate: Candidate, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> Reading | None:
     """The only thing that gives what the pass gave; None if nothing does, or what ought to."""
-    made = values[op.tap]
-    for attempt in _attempts(candidate, op, table, values):
-        try:
-            with unrunnable("op"):
-                given = _run(candidate, attempt, values)
-        except Unrunnable:
-            continue
-        if _same(given, made):
-            return None if attempt == Reading(op, op.inputs, op.parameters) else attempt
-    return None
+    if gives(candidate, as_it_should(op), values):
+        return None
+    return next((a for a in _attempts(candidate, op, table, values) if gives(candidate, a, values)), None)
+
+
+def as_it_should(op: Op) -> Reading:
+    """What the table says."""
+    return Reading(op, op.inputs, op.parameters)
+
+
+def gives(candidate: Candidate, attempt: Reading, values: Mapping[str, Any]) -> bool:
+    """The op, reading that, gives what the pass gave."""
+    try:
+        with unrunnable("op"):
+            return _same(_run(candidate, attempt, values), values[attempt.op.tap])
+    except Unrunnable:
+        return False
 
 
 def _attempts(candidate: Candidate, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> Iterator[Reading]:
-    yield Reading(op, op.inputs, op.parameters)
     for kind in dict.fromkeys(key.partition(" ")[2] for key in values if " " in key):
         names = [f"{name} {kind}" if f"{name} {kind}" in values else name for name in op.inputs]
         yield Reading(op, tuple(names), op.parameters)
@@ -81,7 +87,7 @@ def _attempts(candidate: Candidate, op: Op, table: Sequence[Op], values: Mapping
 
 def _like(name: str, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> list[str]:
     """Earlier taps that the op could have been given in place of one, the latest first."""
-    if name in INPUTS:
+    if name in INPUTS or name.startswith("cache."):
         return []
     before = [other.tap for other in table[: table.index(op)] if other.tap != name]
     shape, dtype = values[name].shape, values[name].dtype
@@ -168,6 +174,9 @@ Kind = Callable[[str, str, str], bool]
 KINDS: dict[str, Kind] = {
     "position ids off by one": lambda op, wanted, read: read.startswith("positions off by one"),
     "position ids do not restart with a document": lambda op, wanted, read: read == "positions not restarting",
+    "position ids count the padding": lambda op, wanted, read: read == "positions counting the padding",
+    "first row's positions used for every row": lambda op, wanted, read: read == "positions of the first row",
+    "cache slot off by one": lambda op, wanted, read: op == "store" and read.startswith("slots off by one"),
     "causal mask off by one": lambda op, wanted, read: read.startswith("slots off by one"),
     "documents not separated": lambda op, wanted, read: read.endswith("segments ignored"),
     "norm bypassed": _bypassed,
