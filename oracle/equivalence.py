@@ -87,9 +87,9 @@ def answer(task: Task) -> Outcome:
     start = time.perf_counter()
     calibration = _calibration(task.calibration)
     if task.mutant:
-        mutant = _catalogue()[task.mutant]
+        mutant = mutant_of(task)
         report = planted(mutant, calibration)
-        wrong = _misplaced(mutant, report)
+        wrong = misplaced(mutant, report)
     else:
         report, wrong = compared(task, calibration), ""
     seconds = time.perf_counter() - start
@@ -100,6 +100,11 @@ def answer(task: Task) -> Outcome:
 @cache
 def _calibration(path: Path | None) -> Calibration:
     return noise.load(path) if path else noise.stored_calibration()
+
+
+def mutant_of(task: Task) -> Mutant:
+    """The mutant that a task is to find."""
+    return _catalogue()[task.mutant]
 
 
 @cache
@@ -125,7 +130,7 @@ def planted(mutant: Mutant, calibration: Calibration) -> Report:
     return ladder.climb(Comparison(candidate, true.reference, None, true.folder, calibration, mutants.SEED))
 
 
-def _misplaced(mutant: Mutant, report: Report) -> str:
+def misplaced(mutant: Mutant, report: Report) -> str:
     """How the answer differs from the right one."""
     record = trial.judged(mutant, report)
     if record["exact"]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxgpt.errors import InputError
 from oracle.reports import terminal
+from oracle.reports.junit import clean
 from oracle.reports.outcome import Outcome
 
 LIMIT = 1 << 20
@@ -63,15 +64,15 @@ def _table(outcomes: Sequence[Outcome], rows: int) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """Text that stays in its cell and is no markup."""
-    shown = " ".join(text[:LINE].split())
+    shown = " ".join(clean(text[:LINE]).split())
     return "".join(f"\\{char}" if char in "\\|`*_[]~" else char for char in html.escape(shown, quote=False))
 
 
 def _details(wrong: Sequence[Outcome], count: int) -> Iterator[str]:
     for outcome in wrong[:count]:
-        lines = [line[:LINE] for line in terminal.lines(outcome.report)]
+        lines = [clean(line[:LINE]) for line in terminal.lines(outcome.report)]
         yield ""
-        yield f"<details><summary>{html.escape(outcome.name)}</summary>"
+        yield f"<details><summary>{html.escape(' '.join(clean(outcome.name).split()))}</summary>"
         yield ""
         yield f"<pre>{html.escape(chr(10).join(lines))}</pre>"
         yield "</details>"
