@@ -177,6 +177,32 @@ def test_the_two_ways_of_reading_a_folder_agree(gpt2: Comparison, tmp_path: Path
     assert (json_file.front, files.front) == ((), ())
 
 
+def test_what_stock_transformers_saves_is_the_same_tokenizer(gpt2: Comparison, tmp_path: Path):
+    import transformers
+
+    assert gpt2.export is not None
+    files = {"vocab": str(gpt2.export / "vocab.json"), "merges": str(gpt2.export / "merges.txt")}
+    transformers.GPT2Tokenizer(**files).save_pretrained(tmp_path)
+    found = ids.run(dataclasses.replace(gpt2, source=tmp_path))
+    assert [f.problem for f in found.findings if not f.ok] == []
+    assert sum(f.where == "the reference" for f in found.findings) >= 4
+    exposed, _ = exposure.classes(dataclasses.replace(gpt2, source=tmp_path), [ids.NAME])
+    assert "special ids saved wrong" in exposed
+
+
+def test_a_reference_with_another_vocabulary_fails_once(gpt2: Comparison, tmp_path: Path):
+    assert gpt2.export is not None
+    content = json.loads((gpt2.export / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1000]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    report = explained(dataclasses.replace(gpt2, source=tmp_path))
+    assert report.verdict == "fail"
+    assert [(c.name, c.tap, c.before.where) for c in report.causes] == [
+        ("unknown", "text.encode", "the reference"),
+        ("unknown", "text.encode", "the export"),
+    ]
+
+
 def test_a_folder_that_puts_bos_first_is_believed(gpt2: Comparison, tmp_path: Path):
     assert gpt2.export is not None
     for name in ("vocab.json", "merges.txt"):

@@ -275,7 +275,7 @@ class TextSite(Site):
         return with_text(self.candidate, **fields)
 
     def substitute(self) -> Candidate | None:
-        """The candidate with what is expected here."""
+        """The candidate with what is expected here; None where two references contradict each other."""
         walk = self.walk
         expected: Mapping[str, dict[str, Any]] = {
             ENCODE: {"encode": walk.reference.encode},
@@ -288,7 +288,8 @@ class TextSite(Site):
             BOS: {"prompt": lambda _, string: walk.expected_prompt(string)},
             STOPS: {"stop_ids": tuple(walk.expected_stops)},
         }
-        return self.changed(**expected[self.finding.tap])
+        changed = self.changed(**expected[self.finding.tap])
+        return changed if self.measure(changed).ok else None
 
 
 def with_text(candidate: Candidate, **fields: Any) -> Candidate:
