@@ -6,10 +6,12 @@ of the size of the layer's other gradients, not of their own. So the floor of th
 noise is one ulp at the layer's scale.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from oracle import noise
 from oracle.noise import Ratios
 
 
@@ -27,7 +29,35 @@ class Unit:
 
 def rms(array: np.ndarray) -> float:
     """Root mean square; 0 of nothing."""
-    return float(np.sqrt(np.square(array).mean())) if array.size else 0.0
+    return _Size().add(array).rms
+
+
+@dataclass
+class _Size:
+    """Of an array given in pieces."""
+
+    squares: float = 0.0
+    count: int = 0
+    peak: float = 0.0
+
+    def add(self, array: np.ndarray) -> "_Size":
+        for piece in _pieces(array):
+            wide = np.abs(piece.astype(np.float64))
+            self.squares += float(np.square(wide).sum())
+            self.count += wide.size
+            self.peak = max(self.peak, float(wide.max(initial=0.0)))
+        return self
+
+    @property
+    def rms(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.count else 0.0
+
+
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of so many elements: a large matrix is not held in float64 as a whole."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, noise.CHUNK):
+        yield flat[start : start + noise.CHUNK]
 
 
 def measure(candidate: np.ndarray, truth: np.ndarray, peer: np.ndarray, unit: Unit) -> Ratios:
@@ -37,21 +67,21 @@ def measure(candidate: np.ndarray, truth: np.ndarray, peer: np.ndarray, unit: Un
     """
     if candidate.shape != truth.shape:
         return _problem(f"shape {list(candidate.shape)}, the reference has {list(truth.shape)}")
-    ours, true, theirs = (array.astype(np.float64) for array in (candidate, truth, peer))
-    for side, array in (("candidate", ours), ("reference in float64", true), ("reference", theirs)):
-        if not np.isfinite(array).all():
+    true, ours, theirs = _Size(), _Size(), _Size()
+    for side, array in (("candidate", candidate), ("reference in float64", truth), ("reference", peer)):
+        if not all(np.isfinite(piece).all() for piece in _pieces(array)):
             return _problem(f"the {side} has NaN or infinite values")
-    ours, theirs = np.abs(ours - true), np.abs(theirs - true)
-    size, peak = max(rms(true), unit.scale), max(_peak(true), unit.scale)
+    for a, b, c in zip(_pieces(candidate), _pieces(truth), _pieces(peer), strict=True):
+        wide = b.astype(np.float64)
+        true.add(wide)
+        ours.add(a.astype(np.float64) - wide)
+        theirs.add(c.astype(np.float64) - wide)
+    size, peak = max(true.rms, unit.scale), max(true.peak, unit.scale)
     return Ratios(
-        error=_quotient(rms(ours), size),
-        aggregate=_quotient(rms(ours), max(rms(theirs), unit.noise, unit.epsilon * size)),
-        worst=_quotient(_peak(ours), max(_peak(theirs), unit.noise, unit.epsilon * peak)),
+        error=_quotient(ours.rms, size),
+        aggregate=_quotient(ours.rms, max(theirs.rms, unit.noise, unit.epsilon * size)),
+        worst=_quotient(ours.peak, max(theirs.peak, unit.noise, unit.epsilon * peak)),
     )
-
-
-def _peak(array: np.ndarray) -> float:
-    return float(np.abs(array).max()) if array.size else 0.0
 
 
 def _quotient(value: float, by: float) -> float:

@@ -68,7 +68,8 @@ def _at_once(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) 
 def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) -> Compared:
     """Truth layer by layer, so that its gradients are never held together; the peer's are."""
     (batch,) = lesson.gradient_batches(asked)
-    peer: Arrays = training_reference.gradients(comparison.reference.peer.decoder, [batch])[1]
+    peer: Arrays = {}
+    by_layer(comparison.reference.peer.decoder, batch, peer.update)
     ready: list[tuple[Finding, bool]] = []
 
     def compare(layer: Arrays) -> None:
@@ -76,9 +77,14 @@ def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge)
         ready.extend(_layer_findings(backwards, ours, peer, judge))
 
     by_layer(comparison.reference.truth.decoder, batch, compare)
-    # What lies outside the layers came with the last of them: head and final norm belong in front.
-    position = {name: number for number, name in enumerate(reversed(peer))}
-    yield from sorted(ready, key=lambda item: position[item[0].tap])
+    yield from sorted(ready, key=lambda item: _from_the_head(item[0]))
+
+
+def _from_the_head(finding: Finding) -> tuple[int, int]:
+    """What lies outside the layers came with the first of them, but for the embedding it belongs in front."""
+    if finding.layer is not None:
+        return 1, -finding.layer
+    return (2, 0) if finding.tap.startswith("embed") else (0, 0)
 
 
 def by_layer(decoder: Decoder, batch: training.Batch, take: Any) -> None:

@@ -38,22 +38,23 @@ def run(comparison: Comparison) -> RungResult:
 
 def _compared(comparison: Comparison, asked: Lesson, batches: Sequence[training.Batch]) -> RungResult:
     findings = batch_findings(asked, batches)
-    judge = comparison.judge(NAME)
-    reference = comparison.reference
-    errors: list[float] = []
-    for number, batch in enumerate(batches, start=1):
-        triple = [asked.token_losses(batch), *(_losses(model, batch) for model in (reference.truth, reference.peer))]
-        where = f"micro-batch {number} of {len(batches)}"
-        findings.append(_token_finding(judge, triple, batch, where))
-        errors.append(training_noise.rms(_trained(triple[2], batch) - _trained(triple[1], batch)))
-    findings.append(_mean_finding(comparison, asked, max(errors)))
-    return RungResult(NAME, findings, _summary(findings, batches))
+    judge, reference = comparison.judge(NAME), comparison.reference
+    step = lesson.gradient_batches(asked)
+    triples = [
+        (asked.token_losses(batch), _losses(reference.truth, batch), _losses(reference.peer, batch)) for batch in step
+    ]
+    for number, (triple, batch) in enumerate(zip(triples, step, strict=True), start=1):
+        findings.append(_token_finding(judge, triple, batch, f"micro-batch {number} of {len(step)}"))
+    findings.append(_mean_finding(judge, asked, triples, step))
+    return RungResult(NAME, findings, _summary(findings, batches, step))
 
 
-def _summary(findings: Sequence[Finding], batches: Sequence[training.Batch]) -> str:
+def _summary(findings: Sequence[Finding], batches: Sequence[training.Batch], step: Sequence[training.Batch]) -> str:
     trained = ", ".join(str(batch.trained) for batch in batches)
     error = max(finding.error for finding in findings if not finding.tap.startswith(BATCH))
-    return f"{len(batches)} micro-batches with {trained} trained tokens; largest relative error of a loss {error:.1e}"
+    text = f"{len(batches)} micro-batches with {trained} trained tokens; largest relative error of a loss {error:.1e}"
+    left_out = "; a large model: only the last micro-batch's losses" if len(step) < len(batches) else ""
+    return text + left_out
 
 
 # -- Batches ---------------------------------------------------------------------------
@@ -105,8 +106,12 @@ def _trained(losses: np.ndarray, batch: training.Batch) -> np.ndarray:
     return losses[batch.mask.numpy() > 0].astype(np.float64)
 
 
-def _token_finding(judge: Judge, triple: Sequence[np.ndarray], batch: training.Batch, where: str) -> Finding:
-    ours, truth, peer = triple
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Candidate's, truth's and peer's losses of a micro-batch (B, T)."""
+
+
+def _token_finding(judge: Judge, triple: Triple, batch: training.Batch, where: str) -> Finding:
+    ours, truth, _ = triple
     if ours.shape != truth.shape:
         problem = f"shape {list(ours.shape)}, the reference has {list(truth.shape)}"
         return Finding(TOKENS, "token_losses", ok=False, where=where, problem=problem)
@@ -115,19 +120,18 @@ def _token_finding(judge: Judge, triple: Sequence[np.ndarray], batch: training.B
     return judge.of(TOKENS, "token_losses", measured, where)
 
 
-def _mean_finding(comparison: Comparison, asked: Lesson, token_error: float) -> Finding:
+def _mean_finding(judge: Judge, asked: Lesson, triples: Sequence[Triple], batches: Sequence[training.Batch]) -> Finding:
     """Of the micro-batches of one step; a mean may be right by luck, so the noise is that of one token at least."""
-    batches = lesson.gradient_batches(asked)
     loss, _ = asked.gradients(batches)
-    models = comparison.reference.truth, comparison.reference.peer
-    truth, peer = (np.array([_mean([_losses(model, batch) for batch in batches], batches)]) for model in models)
-    unit = Unit(noise.EPSILON["float32"], noise=token_error)
+    _, truths, peers = zip(*triples, strict=True)
+    truth, peer = (np.array([_mean(losses, batches)]) for losses in (truths, peers))
+    errors = [_trained(b, batch) - _trained(a, batch) for a, b, batch in zip(truths, peers, batches, strict=True)]
+    unit = Unit(noise.EPSILON["float32"], noise=training_noise.rms(np.concatenate(errors)))
     measured = training_noise.measure(np.array([loss]), truth, peer, unit)
-    where = f"{len(batches)} micro-batches in one step"
-    return comparison.judge(NAME).of(MEAN, "mean_loss", measured, where)
+    return judge.of(MEAN, "mean_loss", measured, f"{len(batches)} micro-batches in one step")
 
 
 def _mean(losses: Sequence[np.ndarray], batches: Sequence[training.Batch]) -> float:
     """Summed, then divided once."""
-    total = sum(_trained(values, batch).sum() for values, batch in zip(losses, batches, strict=True))
-    return float(total) / max(1, sum(batch.trained for batch in batches))
+    total = sum(float(_trained(values, batch).sum()) for values, batch in zip(losses, batches, strict=True))
+    return total / max(1, sum(batch.trained for batch in batches))

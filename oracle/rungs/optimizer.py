@@ -29,6 +29,9 @@ LEARNING_RATE = "learning_rate"
 COMPARED = (1, 2, 4, 8, 20)
 """Steps after which parameters are compared: one shows the update, two the moments, all the schedule."""
 EPSILON = noise.EPSILON["float32"]
+LEAST = 1e-5
+"""Noise of an update relative to itself, at least: a hundredth of what the least of faults changes. One element
+that rounding moves the other way reaches all others through the next forward, and need not do so in the peer."""
 
 Answers = Sequence[tuple[Arrays, StepReport]]
 
@@ -90,9 +93,9 @@ class _Step:
         if ours.shape != truth.shape:
             return training_noise.measure(ours, truth, peer, Unit(EPSILON))
         weight, start = self.divisors[name], self.course.start[name]
-        rounding = EPSILON * training_noise.rms(weight * truth)
         moved = [weight * (values.astype(np.float64) - start) for values in (ours, truth, peer)]
-        measured = training_noise.measure(moved[0], moved[1], moved[2], Unit(EPSILON, noise=rounding))
+        least = max(EPSILON * training_noise.rms(weight * truth), LEAST * training_noise.rms(moved[1]))
+        measured = training_noise.measure(moved[0], moved[1], moved[2], Unit(EPSILON, noise=least))
         error = float(np.linalg.norm(ours.astype(np.float64) - truth)) / update
         return Ratios(error, measured.aggregate, measured.worst, measured.problem)
 
