@@ -77,6 +77,7 @@ def run_rung(name: str, comparison: Comparison) -> RungResult:
 SITES: dict[str, Callable[[Comparison, Finding], Site]] = {
     ids.NAME: ids.site,
     bits.NAME: bits.site,
+    statistics.NAME: statistics.site,
     operators.NAME: operators.site,
     forward.NAME: forward.site,
     decode.NAME: decode_site.site,

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig, to_hf
-from oracle import folder, models, noise
+from oracle import diagnosis, folder, models, noise
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.reference import Reference
@@ -186,6 +186,30 @@ def test_a_matrix_copied_from_another_layer_is_named_with_its_origin():
     nearly = params["layers.0.mlp.up.kernel"].copy()
     nearly[5, 5] = np.nextafter(nearly[5, 5], np.float32(1))
     assert run(WIDE, {**params, UP: nearly}) == {}
+
+
+def test_bits_read_in_the_wrong_dtype_are_named_and_undone_everywhere():
+    params = stored()
+    wrong = {name: misread(normal(0.02, *params[name].shape)) for name in (UP, "layers.0.attn.q.kernel")}
+    candidate = Candidate(WIDE, {**params, **wrong}, "float32")
+    comparison = Comparison(candidate, cast(Reference, None), None, None, noise.stored_calibration())
+    report = diagnosis.bisect(comparison, rungs=(statistics.NAME,))
+    (cause,) = report.causes
+    assert (cause.name, cause.tap, cause.change) == (
+        "bits read in the wrong dtype", "layers.0.attn.q", "with the bits read as bfloat16",
+    )  # fmt: skip
+    assert cause.proved
+    assert list(cause.also_at) == ["layers.1.mlp.up"]
+    assert report.repaired is not None
+    assert report.repaired.verdict == "pass"
+
+
+def test_a_copy_has_no_repair_that_could_be_proved():
+    params = stored()
+    candidate = Candidate(WIDE, {**params, UP: params["layers.0.mlp.up.kernel"]}, "float32")
+    comparison = Comparison(candidate, cast(Reference, None), None, None, noise.stored_calibration())
+    (cause,) = diagnosis.bisect(comparison, rungs=(statistics.NAME,)).causes
+    assert (cause.name, cause.proved) == ("unknown", False)
 
 
 def test_gate_loaded_into_up_is_a_copy():

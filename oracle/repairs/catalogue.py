@@ -1,11 +1,12 @@
 """Every repair, narrow ones first: of two that undo a difference alike, the first is named and the other a tie."""
 
-from oracle.repairs import configuration, decoding, operators, parameters, text, wiring
+from oracle.repairs import configuration, decoding, misread, operators, parameters, text, wiring
 from oracle.repairs.repair import Repair
 
 REPAIRS: tuple[Repair, ...] = (
     *text.REPAIRS,
     *parameters.REPAIRS,
+    *misread.REPAIRS,
     *configuration.REPAIRS,
     *operators.REPAIRS,
     *wiring.REPAIRS,

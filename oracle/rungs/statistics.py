@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from oracle import folder
+from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.results import Finding, RungResult
+from oracle.site import Site
 
 NAME = "statistics"
 
@@ -44,6 +46,7 @@ ENOUGH = 256
 REPEATED = {"kernel": 0.5, "embedding": 0.95}
 """Rows that repeat another: the share from which on it is a mistake. Dead neurons are
 rows of zeros; rows of unused tokens and padding of the vocabulary may all be the same."""
+COPY = "bit for bit the same as "
 _CHUNK = 1 << 20
 """Elements handled at once in float64."""
 
@@ -58,7 +61,7 @@ def run(comparison: Comparison) -> RungResult:
         # A model that was made by repeating layers has them in its own files too.
         copies = _unlike_the_source(copies, folder.parameters(folder.read(comparison.source)))
     for name, other in copies.items():
-        problems[name] = f"bit for bit the same as {other}"
+        problems[name] = f"{COPY}{other}"
     findings = [_finding(name, problem) for name, problem in problems.items()]
     odd = sum(not finding.ok for finding in findings)
     return RungResult(NAME, findings, f"{len(findings)} parameters, {odd} of which cannot be right")
@@ -223,3 +226,27 @@ def _unlike_the_source(copies: Mapping[str, str], source: Mapping[str, np.ndarra
         return a in source and b in source and np.array_equal(source[a], source[b])
 
     return {name: other for name, other in copies.items() if not same(name, other)}
+
+
+# -- One parameter ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StatisticsSite(Site):
+    """A parameter that cannot be right."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return f"{self.finding.tap}.{self.finding.op}"
+
+    def measure(self, candidate: Candidate) -> Finding:
+        """See `Site.measure`; of a copy it cannot be told alone."""
+        found = measure(np.asarray(candidate.stored[self.name]))
+        problem = judge(self.name, found)
+        return self.finding if not problem and COPY in self.finding.problem else _finding(self.name, problem)
+
+
+def site(comparison: Comparison, finding: Finding) -> Site:
+    """The parameter of a finding."""
+    return StatisticsSite(comparison, NAME, finding)
