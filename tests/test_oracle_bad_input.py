@@ -150,7 +150,7 @@ def broken_checkpoint(place: Path, out: Path, value: float) -> Checkpoint:
 def test_weights_that_are_nan_are_the_models_fault(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     broken_checkpoint(place, tmp_path, np.nan)
     for reference in ([], ["--reference", str(place / "hf")]):
-        assert main(["compare", str(tmp_path), *reference]) == 1
+        assert main(["bisect", str(tmp_path), *reference]) == 1
         printed = capsys.readouterr().out
         assert printed.startswith("FAIL. First divergence: layers.0.mlp.up.kernel, ")
         assert "NaN or infinite values" in printed.splitlines()[0]
@@ -176,7 +176,7 @@ def test_a_tap_that_the_forward_lacks_is_the_models_fault(place: Path):
     def plant(true: Candidate) -> Candidate:
         return dataclasses.replace(true, forward_pass=forward)
 
-    report = subject.compare(place / "run", place / "hf", "float32", ladder.uncalibrated(), plant=plant)
+    report = subject.compare(place / "run", place / "hf", "float32", ladder.uncalibrated(), plant=plant, diagnose=True)
     first = report.first_divergence()
     assert report.verdict == "fail"
     assert first is not None
