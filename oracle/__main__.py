@@ -5,6 +5,7 @@ Exit codes: 0 pass, 1 fail, 2 bad input or usage, 3 inconclusive, 4 the oracle i
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from oracle.results import Inconclusive
 
 VERBS = ("compare", "bisect", "calibrate", "equivalence", "faults", "report", "record", "diff")
 """One module each in `oracle.verbs`; they import JAX and torch only when they run."""
-BAD_INPUT, INCONCLUSIVE, BROKEN, INTERRUPTED = 2, 3, 4, 130
+BAD_INPUT, INCONCLUSIVE, BROKEN, INTERRUPTED, READER_GONE = 2, 3, 4, 130, 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("oracle: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the answer has gone; flushing at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return READER_GONE
     except Inconclusive as error:
         print(f"INCONCLUSIVE. {error}.")
         return INCONCLUSIVE
