@@ -306,6 +306,12 @@ def softmax_base_2(config: ModelConfig, p: Leaves, x: Array) -> Array:
     return powers / powers.sum(-1, keepdims=True)
 
 
+def softmax_with_sink(config: ModelConfig, p: Leaves, x: Array) -> Array:
+    """One is added to the denominator (softmax-off-by-one, attention sinks)."""
+    powers = jnp.exp(x)
+    return powers / (1 + powers.sum(-1, keepdims=True))
+
+
 def tiled_context(config: ModelConfig, p: Leaves, weights: Array, v: Array) -> Array:
     """Query head n reads value head n % K."""
     values = jnp.tile(v, (1, weights.shape[1] // v.shape[1], 1, 1))

@@ -93,10 +93,9 @@ def thresholded_weights(config: ModelConfig, p: Leaves, x: Array) -> Array:
     return jnp.where(weights < 0.02, 0.0, weights)
 
 
-def sink(config: ModelConfig, p: Leaves, x: Array) -> Array:
-    """One is added to the softmax's denominator."""
-    powers = jnp.exp(x)
-    return powers / (1 + powers.sum(-1, keepdims=True))
+def quantised_weights(config: ModelConfig, p: Leaves, x: Array) -> Array:
+    """Attention weights in steps of 1/64."""
+    return jnp.round(64 * jax.nn.softmax(x, axis=-1)) / 64
 
 
 def first_token_weighs_more(config: ModelConfig, p: Leaves, weights: Array, v: Array) -> Array:
@@ -189,7 +188,7 @@ HELD_OUT: tuple[Fault, ...] = (
     _unlisted("keys rolled", instead({"layers.1.attn.scores": keys_rolled}), OPS, "layers.1.attn.scores"),
     _unlisted("weights squared", instead({"softmax": squared_weights}), OPS, "layers.0.attn.weights"),
     _unlisted("small weights dropped", instead({"softmax": thresholded_weights}), OPS, "layers.0.attn.weights"),
-    _unlisted("attention sink", instead({"layers.1.attn.weights": sink}), OPS, "layers.1.attn.weights"),
+    _unlisted("weights in steps", instead({"layers.1.attn.weights": quantised_weights}), OPS, "layers.1.attn.weights"),
     _unlisted("slot 0 weighs more", instead({"context": first_token_weighs_more}), OPS, "layers.0.attn.context"),
     _unlisted("alternating signs", instead({"merge_heads": alternating_signs}), OPS, "layers.0.attn.merged"),
     _unlisted("clipped activation", instead({"layers.1.mlp.act": clipped_activation}), OPS, "layers.1.mlp.act"),

@@ -94,7 +94,8 @@ def measure(chosen: Plan, out: Path, processes: int, progress: Callable[[str], N
             file.flush()
             records[record["id"]] = record
     wanted = [*(mutant.id for mutant in chosen.planted), *map(clean_id, chosen.clean)]
-    return [records[id] for id in wanted]
+    # What counts as a right name may have been written down since.
+    return [records[id] if records[id]["table"] == "clean" else trial.named(records[id]) for id in wanted]
 
 
 def clean_id(run: clean.Run) -> str:

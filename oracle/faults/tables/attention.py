@@ -408,6 +408,13 @@ SOFTMAX = (
         at(WEIGHTS),
     ),
     Fault(
+        "softmax with one more",
+        "one is added to softmax's denominator",
+        instead({"softmax": a.softmax_with_sink}),
+        OPS,
+        at(WEIGHTS),
+    ),
+    Fault(
         "softmax without its maximum",
         "softmax does not subtract the maximum",
         instead({"softmax": a.softmax_unshifted}),
