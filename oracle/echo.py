@@ -8,9 +8,14 @@ and a difference is measured by the largest of them all; that is stochastic
 arithmetic as in Parker, "Monte Carlo Arithmetic" (1997).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+
+from torchref import Decoder
 
 ECHOES = 2
 """With the peer three draws: the chance that all are t times too small falls as t⁻³."""
@@ -18,23 +23,66 @@ UNTOUCHED = ("embed.tokens", "embed.positions", "_heads", "attn.keys", "attn.val
 """Taps that are copies of numbers, in which no rounding happens; some share the memory of others."""
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 
-OnTap = Callable[[str, torch.Tensor], None]
-"""Told each tap before the ops that read it run; may change it in place."""
+OnTap = Callable[[str, torch.Tensor], torch.Tensor]
+"""From a tap as the reference computes it to what the ops that read it are given."""
 
 
-def silent(tap: str, value: torch.Tensor) -> None:
-    """Changes nothing: the reference as it is."""
+def silent(tap: str, value: torch.Tensor) -> torch.Tensor:
+    """The reference as it is."""
+    return value
 
 
 def echo(number: int) -> OnTap:
-    """The moves of one echo, the same at every call for one number."""
+    """The moves of one echo, the same every time for one number."""
     generator = torch.Generator().manual_seed(number)
 
-    def move(tap: str, value: torch.Tensor) -> None:
-        if value.is_floating_point() and not tap.endswith(UNTOUCHED):
-            # In the dtype's own precision a move below half an ulp would be lost; rounding makes it a chance of one.
-            wide = value.to(torch.promote_types(value.dtype, torch.float32))
-            share = torch.rand(value.shape, generator=generator, dtype=wide.dtype).mul_(2).sub_(1)
-            value.copy_(wide * (1 + EPSILON[value.dtype] * share))
+    def move(tap: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point() or tap.endswith(UNTOUCHED):
+            return value
+        # In the dtype's own precision a move below half an ulp would be lost; rounding makes it a chance of one.
+        wide = torch.promote_types(value.dtype, torch.float32)
+        share = torch.rand(value.shape, generator=generator, dtype=wide).mul_(2).sub_(1)
+        return (value * (1 + EPSILON[value.dtype] * share)).to(value.dtype)
 
     return move
+
+
+class Changing(dict[str, torch.Tensor]):
+    """The `taps` argument of a forward that goes on with what `on_tap` makes of each."""
+
+    def __init__(self, on_tap: OnTap):
+        super().__init__()
+        self._on_tap = on_tap
+
+    def __setitem__(self, tap: str, value: torch.Tensor) -> None:
+        super().__setitem__(tap, self._on_tap(tap, value))
+
+
+class _Forgetful(Changing):
+    """Keeps the latest tap alone."""
+
+    def __setitem__(self, tap: str, value: torch.Tensor) -> None:
+        self.clear()
+        super().__setitem__(tap, value)
+
+
+def echoes(decoder: Decoder) -> Iterator[Decoder]:
+    """The decoder as each echo in turn."""
+    for number in range(ECHOES):
+        with echoing(decoder, number) as moved:
+            yield moved
+
+
+@contextmanager
+def echoing(decoder: Decoder, number: int) -> Generator[Decoder]:
+    """A decoder, and copies made of it meanwhile, as an echo: every forward is moved, and its gradient with it."""
+    move = echo(number)
+
+    def moved(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {"taps": _Forgetful(move), **given}
+
+    handle = decoder.register_forward_pre_hook(moved, with_kwargs=True)
+    try:
+        yield decoder
+    finally:
+        handle.remove()

@@ -20,6 +20,7 @@ from jaxgpt.train_step import StepReport, TrainState
 from oracle import training_probe, training_reference
 from oracle.candidate import Candidate, unrunnable
 from oracle.comparison import Comparison
+from oracle.echo import echoes
 from oracle.reference import Reference
 from oracle.training_probe import Corpus
 from oracle.training_reference import Arrays, State
@@ -175,6 +176,14 @@ def gradients(
     return truth, peer
 
 
+@lru_cache(maxsize=2)
+def echoed_gradients(reference: Reference, corpus: Corpus, settings: TrainSettings) -> list[Arrays]:
+    """Further draws of the noise in the peer's gradient of a small model."""
+    batches = training_reference.micro_batches(corpus, settings)
+    with threads(large=False):
+        return [training_reference.gradients(decoder, batches)[1] for decoder in echoes(reference.peer.decoder)]
+
+
 @dataclass(frozen=True)
 class Course:
     """The reference's steps."""
@@ -184,6 +193,8 @@ class Course:
     start: Arrays
     truth: Sequence[State]
     peer: Sequence[State]
+    echoes: Sequence[Sequence[State]] = ()
+    """Further draws of the noise in the peer's steps; a small model's."""
 
     @property
     def clipped(self) -> int:
@@ -202,13 +213,14 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
     with threads(large=bool(ids)):
         _, first = training.gradients(truth, grouped[0])
         norm = _on_grid(training.global_norm(first))
-        states = [
-            training_reference.steps(
-                training_reference.trainer(model, scaled(settings, norm), dtype), grouped, settings.steps
-            )
-            for model, dtype in ((truth, torch.float64), (peer, torch.float32))
-        ]
-    return Course(norm, training_reference.named(dict(truth.named_parameters())), *states)
+
+        def steps(model: Decoder, dtype: torch.dtype) -> list[State]:
+            trainer = training_reference.trainer(model, scaled(settings, norm), dtype)
+            return training_reference.steps(trainer, grouped, settings.steps)
+
+        start = training_reference.named(dict(truth.named_parameters()))
+        further = [] if ids else [steps(model, torch.float32) for model in echoes(peer)]
+        return Course(norm, start, steps(truth, torch.float64), steps(peer, torch.float32), further)
 
 
 def _on_grid(norm: float) -> float:

@@ -18,7 +18,7 @@ import torchref
 from jaxgpt.errors import InputError
 from jaxgpt.taps import Op
 from oracle import streaming
-from oracle.echo import ECHOES, OnTap, echo, silent
+from oracle.echo import ECHOES, Changing, OnTap, echo, silent
 from oracle.probe import Probe
 from torchref import Cache, Decoder
 
@@ -65,7 +65,7 @@ class Model:
     ) -> tuple[dict[str, torch.Tensor], Cache]:
         """All taps of one cached forward, and the cache after it; `real` is false for padding."""
         past = self.decoder.empty_cache(len(ids)) if past is None else past
-        taps = _Changing(on_tap)
+        taps = Changing(on_tap)
         self._forward(
             _ints(ids), positions=_ints(positions), attention_mask=torch.from_numpy(real), past=past, taps=taps
         )
@@ -75,18 +75,6 @@ class Model:
         # Gradient mode belongs to a thread: a streamed forward has its own.
         with torch.no_grad():
             return self.decoder(ids, **given)
-
-
-class _Changing(dict[str, torch.Tensor]):
-    """The `taps` argument of a forward whose values may be changed before they are read."""
-
-    def __init__(self, on_tap: OnTap):
-        super().__init__()
-        self._on_tap = on_tap
-
-    def __setitem__(self, tap: str, value: torch.Tensor) -> None:
-        self._on_tap(tap, value)
-        super().__setitem__(tap, value)
 
 
 def _ints(array: np.ndarray) -> torch.Tensor:

@@ -30,7 +30,10 @@ class _Sink(dict[str, torch.Tensor]):
         self._queue, self._closed, self._on_tap = queue, closed, on_tap
 
     def __setitem__(self, tap: str, value: torch.Tensor) -> None:
-        self._on_tap(tap, value)
+        value = self._on_tap(tap, value)
+        # The forward goes on with what is held under the tap's name.
+        self.clear()
+        super().__setitem__(tap, value)
         self.hand_on((tap, value))
 
     def hand_on(self, item: Item) -> None:

@@ -6,7 +6,7 @@ of the size of the layer's other gradients, not of their own. So the floor of th
 noise is one ulp at the layer's scale.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,28 +60,40 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
         yield flat[start : start + noise.CHUNK]
 
 
-def measure(candidate: np.ndarray, truth: np.ndarray, peer: np.ndarray, unit: Unit) -> Ratios:
+def measure(
+    candidate: np.ndarray, truth: np.ndarray, peer: np.ndarray, unit: Unit, echoes: Sequence[np.ndarray] = ()
+) -> Ratios:
     """Candidate against truth in multiples of the peer's error: root mean square, and worst element.
 
-    `error` is relative to the truth, or to `unit.scale` where the truth is smaller.
+    `error` is relative to the truth, or to `unit.scale` where the truth is smaller. With
+    echoes (`oracle.echo`) the largest of the peer's and their errors counts.
     """
     if candidate.shape != truth.shape:
         return _problem(f"shape {list(candidate.shape)}, the reference has {list(truth.shape)}")
-    true, ours, theirs = _Size(), _Size(), _Size()
-    for side, array in (("candidate", candidate), ("reference in float64", truth), ("reference", peer)):
+    peers = [peer, *echoes]
+    named = [("candidate", candidate), ("reference in float64", truth), *(("reference", array) for array in peers)]
+    for side, array in named:
         if not all(np.isfinite(piece).all() for piece in _pieces(array)):
             return _problem(f"the {side} has NaN or infinite values")
-    for a, b, c in zip(_pieces(candidate), _pieces(truth), _pieces(peer), strict=True):
-        wide = b.astype(np.float64)
-        true.add(wide)
-        ours.add(a.astype(np.float64) - wide)
-        theirs.add(c.astype(np.float64) - wide)
+    true, ours, *theirs = (_difference(array, truth) for array in (None, candidate, *peers))
+    rms, largest = max(error.rms for error in theirs), max(error.peak for error in theirs)
     size, peak = max(true.rms, unit.scale), max(true.peak, unit.scale)
     return Ratios(
         error=_quotient(ours.rms, size),
-        aggregate=_quotient(ours.rms, max(theirs.rms, unit.noise, unit.epsilon * size)),
-        worst=_quotient(ours.peak, max(theirs.peak, unit.noise, unit.epsilon * peak)),
+        aggregate=_quotient(ours.rms, max(rms, unit.noise, unit.epsilon * size)),
+        worst=_quotient(ours.peak, max(largest, unit.noise, unit.epsilon * peak)),
     )
+
+
+def _difference(array: np.ndarray | None, truth: np.ndarray) -> _Size:
+    """Of an array from the truth; without an array, of the truth from nothing."""
+    found = _Size()
+    for index, true in enumerate(_pieces(truth)):
+        start = index * noise.CHUNK
+        wide = true.astype(np.float64)
+        piece = None if array is None else array.reshape(-1)[start : start + noise.CHUNK].astype(np.float64)
+        found.add(wide if piece is None else piece - wide)
+    return found
 
 
 def _quotient(value: float, by: float) -> float:

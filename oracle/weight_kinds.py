@@ -77,14 +77,15 @@ def outlier(config: Config, seed: int) -> Tensors:
     width = next(t.shape[-1] for name, t in tensors.items() if any(part in name for part in EMBEDDINGS))
     channels = torch.randperm(width, generator=generator)[:OUTLIERS]
     for name, tensor in tensors.items():
-        if any(part in name for part in EMBEDDINGS) or (_writes(name) and (tensor.ndim == 1 or _is_conv1d(name))):
+        if any(part in name for part in EMBEDDINGS) or (writes(name) and (tensor.ndim == 1 or _is_conv1d(name))):
             tensor[..., channels] *= OUTLIER_SCALE
-        elif _writes(name):
+        elif writes(name):
             tensor[channels] *= OUTLIER_SCALE
     return tensors
 
 
-def _writes(name: str) -> bool:
+def writes(name: str) -> bool:
+    """The module of this parameter adds to the residual stream."""
     return any(part in name for part in INTO_STREAM)
 
 

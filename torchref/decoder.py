@@ -22,7 +22,10 @@ Taps = dict[str, Tensor]
 
 
 class Tape:
-    """Runs ops by name and keeps what they return, if there is a dict to keep it in."""
+    """Runs ops by name and keeps what they return, if there is a dict to keep it in.
+
+    What the dict then holds under the name is what goes on, so that one of another class may change it.
+    """
 
     def __init__(self, table: Ops, taps: Taps | None, prefix: str = ""):
         self.table, self.taps, self.prefix = table, taps, prefix
@@ -30,9 +33,10 @@ class Tape:
     def __call__(self, name: str, *inputs: Tensor | None) -> Tensor:
         """The op's output."""
         output = self.table[name](*inputs)
-        if self.taps is not None:
-            self.taps[self.prefix + name] = output
-        return output
+        if self.taps is None:
+            return output
+        self.taps[self.prefix + name] = output
+        return self.taps.get(self.prefix + name, output)
 
 
 @dataclass

@@ -7,7 +7,7 @@ the layer's other gradients.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,12 +57,14 @@ Compared = Iterator[tuple[Finding, bool]]
 
 
 def _at_once(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) -> Compared:
-    (_, truth), (_, peer) = lesson.gradients(comparison.reference, asked.corpus, asked.settings)
+    given = comparison.reference, asked.corpus, asked.settings
+    (_, truth), (_, peer) = lesson.gradients(*given)
+    echoes = lesson.echoed_gradients(*given)
     layers: dict[str, Arrays] = {}
     for name in reversed(truth):
         layers.setdefault(_layer(name), {})[name] = truth[name]
     for layer in layers.values():
-        yield from _layer_findings(layer, ours, peer, judge)
+        yield from _layer_findings(layer, ours, [peer, *echoes], judge)
 
 
 def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) -> Compared:
@@ -74,7 +76,7 @@ def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge)
 
     def compare(layer: Arrays) -> None:
         backwards = {name: layer[name] for name in reversed(layer)}
-        ready.extend(_layer_findings(backwards, ours, peer, judge))
+        ready.extend(_layer_findings(backwards, ours, [peer], judge))
 
     by_layer(comparison.reference.truth.decoder, batch, compare)
     yield from sorted(ready, key=lambda item: _from_the_head(item[0]))
@@ -114,7 +116,7 @@ def _layer(name: str) -> str:
     return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
 
 
-def _layer_findings(truth: Arrays, ours: Mapping[str, np.ndarray], peer: Arrays, judge: Judge) -> Compared:
+def _layer_findings(truth: Arrays, ours: Mapping[str, np.ndarray], peers: Sequence[Arrays], judge: Judge) -> Compared:
     scales: dict[str, float] = {}
     for name, gradient in truth.items():
         scales[_layer(name)] = max(scales.get(_layer(name), 0.0), training_noise.rms(gradient))
@@ -125,5 +127,6 @@ def _layer_findings(truth: Arrays, ours: Mapping[str, np.ndarray], peer: Arrays,
         scale = scales[_layer(name)]
         is_zero = training_noise.rms(gradient) < ZERO * scale
         unit = Unit(noise.EPSILON[judge.dtype], scale if is_zero else 0.0, noise.EPSILON["float32"] * scale)
-        measured = training_noise.measure(ours[name], gradient, peer[name], unit)
+        peer, *echoes = (draw[name] for draw in peers)
+        measured = training_noise.measure(ours[name], gradient, peer, unit, echoes)
         yield judge.of(name, _leaf(name), measured), is_zero

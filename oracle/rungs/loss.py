@@ -13,6 +13,7 @@ import numpy as np
 from oracle import lesson, noise, training_noise, training_probe, training_reference
 from oracle.compare import Judge
 from oracle.comparison import Comparison
+from oracle.echo import echoes
 from oracle.lesson import Lesson
 from oracle.reference import Model
 from oracle.results import Finding, RungResult
@@ -40,12 +41,14 @@ def _compared(comparison: Comparison, asked: Lesson, batches: Sequence[training.
     findings = batch_findings(asked, batches)
     judge, reference = comparison.judge(NAME), comparison.reference
     step = lesson.gradient_batches(asked)
-    triples = [
-        (asked.token_losses(batch), _losses(reference.truth, batch), _losses(reference.peer, batch)) for batch in step
+    large = training_probe.is_large(asked.candidate.config)
+    versions = [
+        (asked.token_losses(batch), _losses(reference.truth, batch), *_draws(reference.peer, batch, large))
+        for batch in step
     ]
-    for number, (triple, batch) in enumerate(zip(triples, step, strict=True), start=1):
-        findings.append(_token_finding(judge, triple, batch, f"micro-batch {number} of {len(step)}"))
-    findings.append(_mean_finding(judge, asked, triples, step))
+    for number, (losses, batch) in enumerate(zip(versions, step, strict=True), start=1):
+        findings.append(_token_finding(judge, losses, batch, f"micro-batch {number} of {len(step)}"))
+    findings.append(_mean_finding(judge, asked, versions, step))
     return RungResult(NAME, findings, _summary(findings, batches, step))
 
 
@@ -102,30 +105,42 @@ def _losses(model: Model, batch: training.Batch) -> np.ndarray:
     return training_reference.token_losses(model.decoder, batch)
 
 
+def _draws(peer: Model, batch: training.Batch, large: bool) -> list[np.ndarray]:
+    """The peer's losses and, where they are cheap, those of its echoes."""
+    further = [] if large else [training_reference.token_losses(decoder, batch) for decoder in echoes(peer.decoder)]
+    return [_losses(peer, batch), *further]
+
+
 def _trained(losses: np.ndarray, batch: training.Batch) -> np.ndarray:
     return losses[batch.mask.numpy() > 0].astype(np.float64)
 
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Candidate's, truth's and peer's losses of a micro-batch (B, T)."""
+Versions = Sequence[np.ndarray]
+"""Candidate's, truth's, peer's and any echoes' losses of a micro-batch (B, T)."""
 
 
-def _token_finding(judge: Judge, triple: Triple, batch: training.Batch, where: str) -> Finding:
-    ours, truth, _ = triple
+def _token_finding(judge: Judge, losses: Versions, batch: training.Batch, where: str) -> Finding:
+    ours, truth, *_ = losses
     if ours.shape != truth.shape:
         problem = f"shape {list(ours.shape)}, the reference has {list(truth.shape)}"
         return Finding(TOKENS, "token_losses", ok=False, where=where, problem=problem)
-    ours, truth, peer = (_trained(losses, batch) for losses in triple)
-    measured = training_noise.measure(ours, truth, peer, Unit(noise.EPSILON[judge.dtype]))
+    ours, truth, peer, *further = (_trained(version, batch) for version in losses)
+    measured = training_noise.measure(ours, truth, peer, Unit(noise.EPSILON[judge.dtype]), further)
     return judge.of(TOKENS, "token_losses", measured, where)
 
 
-def _mean_finding(judge: Judge, asked: Lesson, triples: Sequence[Triple], batches: Sequence[training.Batch]) -> Finding:
+def _mean_finding(
+    judge: Judge, asked: Lesson, losses: Sequence[Versions], batches: Sequence[training.Batch]
+) -> Finding:
     """Of the micro-batches of one step; a mean may be right by luck, so the noise is that of one token at least."""
     loss, _ = asked.gradients(batches)
-    _, truths, peers = zip(*triples, strict=True)
-    truth, peer = (np.array([_mean(losses, batches)]) for losses in (truths, peers))
-    errors = [_trained(b, batch) - _trained(a, batch) for a, b, batch in zip(truths, peers, batches, strict=True)]
+    _, truths, *draws = zip(*losses, strict=True)
+    truth, peer = (np.array([_mean(values, batches)]) for values in (truths, draws[0]))
+    errors = [
+        _trained(b, batch) - _trained(a, batch)
+        for draw in draws
+        for a, b, batch in zip(truths, draw, batches, strict=True)
+    ]
     unit = Unit(noise.EPSILON["float32"], noise=training_noise.rms(np.concatenate(errors)))
     measured = training_noise.measure(np.array([loss]), truth, peer, unit)
     return judge.of(MEAN, "mean_loss", measured, f"{len(batches)} micro-batches in one step")

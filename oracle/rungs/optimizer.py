@@ -80,22 +80,27 @@ class _Step:
 
     def findings(self, judge: Judge) -> Iterator[Finding]:
         """One per parameter, in the order of the model."""
-        truth, peer = (states[self.number - 1].parameters for states in (self.course.truth, self.course.peer))
+        sides = self.course.truth, self.course.peer, *self.course.echoes
+        truth, *peers = (states[self.number - 1].parameters for states in sides)
         ours, update = self.answers[self.number - 1][0], self.update
         for name, true in truth.items():
             leaf, where = name.rpartition(".")[2], f"step {self.number}"
             if name not in ours:
                 yield Finding(name, leaf, ok=False, where=where, problem="the candidate has no such parameter")
                 continue
-            yield judge.of(name, leaf, self._measured(name, ours[name], true, peer[name], update), where)
+            yield judge.of(
+                name, leaf, self._measured(name, ours[name], true, [peer[name] for peer in peers], update), where
+            )
 
-    def _measured(self, name: str, ours: np.ndarray, truth: np.ndarray, peer: np.ndarray, update: float) -> Ratios:
+    def _measured(
+        self, name: str, ours: np.ndarray, truth: np.ndarray, peers: Sequence[np.ndarray], update: float
+    ) -> Ratios:
         if ours.shape != truth.shape:
-            return training_noise.measure(ours, truth, peer, Unit(EPSILON))
+            return training_noise.measure(ours, truth, peers[0], Unit(EPSILON))
         weight, start = self.divisors[name], self.course.start[name]
-        moved = [weight * (values.astype(np.float64) - start) for values in (ours, truth, peer)]
-        least = max(EPSILON * training_noise.rms(weight * truth), LEAST * training_noise.rms(moved[1]))
-        measured = training_noise.measure(moved[0], moved[1], moved[2], Unit(EPSILON, noise=least))
+        mine, true, own, *echoes = (weight * (values.astype(np.float64) - start) for values in (ours, truth, *peers))
+        least = max(EPSILON * training_noise.rms(weight * truth), LEAST * training_noise.rms(true))
+        measured = training_noise.measure(mine, true, own, Unit(EPSILON, noise=least), echoes)
         error = float(np.linalg.norm(ours.astype(np.float64) - truth)) / update
         return Ratios(error, measured.aggregate, measured.worst, measured.problem)
 
