@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from oracle.rungs.bits import ParameterSite, equal, is_finite
+from oracle.rungs.bits import ParameterSite, equal, is_finite, sampled
 
 FEW = 4
 """So many wrong elements are few in any tensor of four times as many; of large ones, one in THOUSANDTH."""
@@ -101,10 +101,12 @@ def zeroed(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | 
 
 def scaled(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
     """One factor for all, up to the rounding of the product."""
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    few, eps = sampled(ours), epsilon(ours, theirs)
+    a, b = ours[few].astype(np.float64), theirs[few].astype(np.float64)
     norm = float(np.square(b).sum())
     scale = float((a * b).sum()) / norm if norm else 0.0
-    eps = epsilon(ours, theirs)
     if abs(scale) < eps or abs(scale - 1) < 8 * eps or (np.abs(a - scale * b) > 3 * eps * np.abs(a)).any():
+        return None
+    if (np.abs(ours - np.float64(scale) * theirs.astype(np.float64)) > 3 * eps * np.abs(ours)).any():
         return None
     return Look("tensor scaled by a constant", f"with the file's values, of which these are {scale:.6g} times")

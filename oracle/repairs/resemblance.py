@@ -8,8 +8,14 @@ from oracle.repairs.differences import Look, epsilon
 from oracle.repairs.encodings import arrangements
 from oracle.rungs.bits import ParameterSite, equal, sampled
 
-ROWS = 1 << 21
+ROWS = 1 << 19
 """Elements looked at: enough for any statistic, and quick for an embedding."""
+FIRST = 1 << 16
+"""Elements looked at for the grid of a quantised tensor."""
+BLOCKS = (32, 64, 128)
+"""Values that share a scale in usual formats."""
+CORNER = 192
+"""Rows and columns of a difference whose rank is looked at before the whole's."""
 NEAR = 0.45
 """Relative distance of a tensor to the same tensor of another revision: a correlation of 0.9 or more."""
 LEAST = 4
@@ -20,9 +26,9 @@ CONFIDENT = 5.0
 """Standard deviations within which unrelated values correlate by chance."""
 
 
-def _head(array: np.ndarray) -> np.ndarray:
-    """The first rows, as many as are looked at."""
-    return array[: max(1, ROWS // max(1, array[:1].size))].astype(np.float64)
+def _first(array: np.ndarray) -> np.ndarray:
+    """The first rows, as many as are looked at for a grid."""
+    return array[: max(1, FIRST // max(1, array[:1].size))].astype(np.float64)
 
 
 # -- Rounded ---------------------------------------------------------------------------
@@ -32,34 +38,35 @@ def dequantised(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Lo
     """Rounded to the levels of int8 or int4, with a scale for the tensor, each row or column, or each block."""
     if ours.ndim != 2:
         return None
-    a, b = _head(ours), _head(theirs)
     tolerance = 1.5 * max(2.0**-11, epsilon(ours))  # values may have been float16 in between
-    for groups, name in _groups(b):
-        for levels, grid in _grids(a, b, groups):
+    for name, a, b, low, high in _groups(ours, theirs):
+        for levels, grid in _grids(a, b, low, high):
             near = np.abs(a - grid) <= tolerance * np.abs(grid)
             # A step is wide: far fewer of the file's own values are on the grid.
             own = np.abs(b - grid) <= tolerance * np.abs(grid)
             if near.mean() > max(0.75, own.mean() + 0.3):
-                return Look(
-                    "weight dequantised from int8 or int4", f"with the file's values, not {levels} levels a {name}"
-                )
+                words = f"with the file's values, not {levels} levels a {name}"
+                return Look("weight dequantised from int8 or int4", words)
     return None
 
 
-def _groups(array: np.ndarray) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Shapes of (groups, members) along each axis, the axis in question last."""
-    yield (1, array.size), "tensor"
-    for axis, name in ((1, "row"), (0, "column")):
-        length = array.shape[axis]
-        yield (axis, length), name
-        yield from (((axis, block), f"block of {block}") for block in (32, 64, 128) if not length % block > 0)
+_Group = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _grids(ours: np.ndarray, theirs: np.ndarray, groups: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+def _groups(ours: np.ndarray, theirs: np.ndarray) -> Iterator[_Group]:
+    """What may share a scale: its name, ours and theirs as (groups, members), the file's extremes of each group."""
+    a, b = (_first(array).reshape(1, -1) for array in (ours, theirs))
+    yield "tensor", a, b, np.array([[float(theirs.min())]]), np.array([[float(theirs.max())]])
+    for name, a, b in (("row", ours, theirs), ("column", ours.T, theirs.T)):
+        a, b = _first(a), _first(b)
+        for members in (a.shape[1], *(block for block in BLOCKS if a.shape[1] % block == 0)):
+            given, true = a.reshape(-1, members), b.reshape(-1, members)
+            what = name if members == a.shape[1] else f"block of {members}"
+            yield what, given, true, true.min(axis=1, keepdims=True), true.max(axis=1, keepdims=True)
+
+
+def _grids(ours: np.ndarray, theirs: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """What each way of quantising makes of the file's values, its scale fitted to ours."""
-    axis, members = groups
-    a, b = (_grouped(array, axis, members) for array in (ours, theirs))
-    low, high = b.min(axis=1, keepdims=True), b.max(axis=1, keepdims=True)
     peak = np.maximum(-low, high)
     for levels, zero, scale in (
         (255, 0 * low, peak / 127),
@@ -70,8 +77,7 @@ def _grids(ours: np.ndarray, theirs: np.ndarray, groups: tuple[int, ...]) -> Ite
         (256, 0 * low, (high - low) / 255),  # an integer zero point
         (16, 0 * low, (high - low) / 15),
     ):
-        grid = _fitted(a - zero, b - zero, scale) + zero
-        yield levels, grid.reshape(theirs.shape) if axis == 1 else grid.reshape(theirs.T.shape).T
+        yield levels, _fitted(ours - zero, theirs - zero, scale) + zero
 
 
 def _fitted(ours: np.ndarray, theirs: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -81,10 +87,6 @@ def _fitted(ours: np.ndarray, theirs: np.ndarray, scale: np.ndarray) -> np.ndarr
         squares = np.square(steps).sum(axis=1, keepdims=True)
         scale = (ours * steps).sum(axis=1, keepdims=True) / np.where(squares == 0, 1, squares)
     return np.rint(theirs / np.where(scale == 0, 1, scale)) * scale
-
-
-def _grouped(array: np.ndarray, axis: int, members: int) -> np.ndarray:
-    return (array if axis == 1 else array.T).reshape(-1, members)
 
 
 def fewer_bits(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
@@ -110,6 +112,8 @@ def low_rank(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look 
     """The difference is a product of two thin matrices, as of an adapter that was merged."""
     if ours.ndim != 2:
         return None
+    if _full_rank(ours, theirs):
+        return None
     a, b = _spread(ours), _spread(theirs)
     difference = a - b
     limit = min(64, min(difference.shape) // 3)
@@ -132,6 +136,15 @@ def low_rank(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look 
         "a low-rank change, such as a merged adapter",
         f"with the file's values, from which a matrix of rank {rank} is gone",
     )
+
+
+def _full_rank(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """A corner of the difference is of more than half its full rank, and so no product of thin matrices."""
+    corner = (slice(CORNER), slice(CORNER))
+    a, b = ours[corner].astype(np.float64), theirs[corner].astype(np.float64)
+    values = np.linalg.svd(a - b, compute_uv=False)
+    middle = float(values[min(64, len(values) // 3)])
+    return middle > 4 * epsilon(ours, theirs) * max(float(np.linalg.norm(a)), float(np.linalg.norm(b)))
 
 
 def _spread(array: np.ndarray) -> np.ndarray:
@@ -167,14 +180,22 @@ def _resembles(ours: np.ndarray, theirs: np.ndarray) -> bool:
     """Nearly every element differs, none by much, and the values are as fine as the file's."""
     if ours.shape != theirs.shape or ours.dtype.itemsize < theirs.dtype.itemsize:
         return False
-    few = tuple(slice(None, None, max(1, length // 256)) for length in ours.shape)
-    a, b = ours[few].astype(np.float64), theirs[few].astype(np.float64)
+    few = sampled(ours)  # most pairs are told apart by a glance
+    if _distance(ours[few], theirs[few]) > 2 * NEAR:
+        return False
+    many = tuple(slice(None, None, max(1, length // 256)) for length in ours.shape)
+    a, b = ours[many].astype(np.float64), theirs[many].astype(np.float64)
     changed = float((a != b).mean())
-    distance, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
     # In bfloat16 a small step leaves many values where they were.
     most = 0.9 if epsilon(ours, theirs) < 2.0**-20 else 0.3
     as_fine = len(np.unique(a)) >= 0.8 * len(np.unique(b))
-    return changed > most and 0 < distance < NEAR * norm and as_fine
+    return changed > most and 0 < _distance(a, b) < NEAR and as_fine
+
+
+def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    norm = float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) / norm if norm else float("inf")
 
 
 # -- Unrelated -------------------------------------------------------------------------
