@@ -14,7 +14,7 @@ PAIRS, CLEAN = 50, 1000
 def add(verbs: Any) -> None:
     """Add the parser."""
     parser: argparse.ArgumentParser = verbs.add_parser("faults", help="plant every known fault and count what is found")
-    parser.add_argument("--out", type=Path, default=Path("out/faults"), help="where results are kept and go on from")
+    parser.add_argument("--out", type=Path, default=Path("build/faults"), help="where results are kept and go on from")
     parser.add_argument("--sample", type=int, metavar="N", help="plant N mutants of the catalogue only")
     parser.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help="double faults")
     parser.add_argument("--clean", type=int, default=CLEAN, metavar="N", help="runs of true models")
