@@ -1,6 +1,9 @@
 """The fault catalogue: every class of mistake that the oracle is measured on."""
 
+from dataclasses import replace
+
 from oracle.faults.fault import Fault
+from oracle.faults.names import NAMES
 from oracle.faults.tables.attention import ATTENTION
 from oracle.faults.tables.ops import OPERATORS
 from oracle.faults.tables.text import TEXT
@@ -16,7 +19,11 @@ KINDS: dict[str, tuple[Fault, ...]] = {
     "training": TRAINING,
     "text": TEXT,
 }
-CATALOGUE: tuple[Fault, ...] = tuple(fault for rows in KINDS.values() for fault in rows)
+CATALOGUE: tuple[Fault, ...] = tuple(
+    replace(fault, names=fault.names | frozenset(NAMES.get(fault.cause, ())))
+    for rows in KINDS.values()
+    for fault in rows
+)
 """One row a class and place."""
 
 
