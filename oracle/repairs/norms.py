@@ -110,8 +110,9 @@ def outside(box: BlackBox) -> Iterator[Change]:
 def _epsilon_in_use(box: BlackBox) -> float | None:
     """Nothing where the answer is no multiple of the plain norm."""
     given = np.asarray(box.site.inputs[0])
-    x = given.astype(np.float64) * TINY
-    y = box.without_bias([x.astype(given.dtype)]).astype(np.float64)
+    x = given.astype(np.float64)
+    x = (TINY * x / np.maximum(x.std(-1, keepdims=True), np.finfo(np.float64).tiny)).astype(given.dtype)
+    y, x = box.without_bias([x]).astype(np.float64), x.astype(np.float64)
     spread = x - x.mean(-1, keepdims=True) if box.facts.centred else x
     plain = spread * box.parameters["weight"]
     norm = float(np.square(plain).sum())
