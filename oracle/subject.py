@@ -15,6 +15,7 @@ from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import Reference
 from oracle.results import Report
+from oracle.rungs import bits
 from oracle.text import Text
 
 
@@ -65,6 +66,8 @@ def compare(
     """
 
     def begins(name: str) -> None:
+        if not name.endswith(bits.NAME):
+            bits.forget()
         memory.release()
         progress(name)
 

@@ -48,6 +48,11 @@ def _tensors(place: Path, files: tuple[tuple[str, int], ...]) -> Mapping[str, np
     return folder.parameters(folder.read(place))
 
 
+def forget() -> None:
+    """Unmap the files: their pages count as memory of this process."""
+    _tensors.cache_clear()
+
+
 def _places(export: Path | None, source: Path | None) -> str:
     if source is None:
         return "the export only (no --reference)"
