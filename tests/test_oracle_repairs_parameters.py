@@ -119,6 +119,9 @@ def test_another_revision_is_one_cause_for_every_tensor(dtype: str, model: Calla
     assert found.proved
     modules = {name.rpartition(".")[0] for name in true.candidate.stored}
     assert {found.tap, *found.also_at} == modules
+    assert [
+        c.name for c in true.causes(true.planted(lambda t, rng: {n: rounded(a) for n, a in fine_tuned(t, rng).items()}))
+    ] == ["weights of another revision"], "trained in bfloat16"
 
 
 def test_one_perturbed_tensor_is_no_revision(model: Callable[..., Model]):
@@ -236,6 +239,27 @@ def test_a_loss_everywhere_does_not_hide_a_transposed_kernel(model: Callable[...
 
     found = true.causes(true.planted(fault))
     assert [cause.name for cause in found] == ["values rounded to bfloat16", "kernel transposed"]
+
+
+def test_an_order_is_named_where_the_values_were_rounded_as_well(model: Callable[..., Model]):
+    true = model("llama")
+
+    def fault(tensors: Tensors, rng: np.random.Generator) -> Tensors:
+        wrong = {**tensors, **CASES["heads permuted"][1](tensors, rng), **CASES["gate and up"][1](tensors, rng)}
+        return {name: rounded(array) for name, array in wrong.items()}
+
+    found = true.causes(true.planted(fault))
+    assert [c.name for c in found] == ["values rounded to bfloat16", "heads permuted", "gate and up swapped"]
+    assert all(cause.proved for cause in found)
+
+
+def test_two_orders_at_once_are_no_random_init(model: Callable[..., Model]):
+    true, k = model(SQUARE), "layers.0.attn.k.kernel"
+
+    def fault(tensors: Tensors, rng: np.random.Generator) -> Tensors:
+        return {Q: tensors["layers.0.attn.out.kernel"].T, k: rng.permutation(tensors["layers.0.attn.v.kernel"])}
+
+    assert {c.name for c in true.causes(true.planted(fault))} == {UNKNOWN}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", SQUARE])

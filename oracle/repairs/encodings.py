@@ -154,7 +154,7 @@ def arrangements(site: ParameterSite, name: str) -> Iterator[np.ndarray]:
     yield own
     if own.ndim == 2:
         yield own.T
-        yield from (array for other, array in site.file.items() if other != name and array.shape == own.shape)
+    yield from (array for other, array in site.file.items() if other != name and array.shape == own.shape)
 
 
 def _all(

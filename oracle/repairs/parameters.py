@@ -11,6 +11,7 @@ each other; where none fits, the cause stays unknown.
 | 1 | bias dropped, parameter missing, rows truncated, padded vocabulary rows live | absent; the last rows alone |
 | 2 | another parameter's tensor loaded, layers shifted by one | equal to another tensor of the file |
 | 3 | values rounded …, and row by row `encodings.MISTAKES` | exactly what the mistake makes of the file's values |
+| 3b | the names of `layouts` and `exchanges` | the file's values, rounded, in that order or place |
 | 4 | NaN or infinite values | equal but where not finite |
 | 5 | bias dropped, tensor of zeros, tensor left at its random init (norms) | constant 0 or 1 |
 | 6 | norm weights folded into the next projection | 1, and its readers are norm times kernel |
@@ -31,12 +32,14 @@ from functools import partial
 import numpy as np
 
 from oracle.repairs import differences, encodings, exchanges, layouts, presence, resemblance
+from oracle.repairs.behind_rounding import behind, rounded_sites
 from oracle.repairs.differences import Look
 from oracle.repairs.parameter_repair import changed, repair
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs.bits import HEAD, ParameterSite, is_finite
 
 _EXACT: tuple[Repair, ...] = (*presence.LOSSES, *exchanges.LOSSES, *encodings.LOSSES)
+_BEHIND_ROUNDING = tuple(behind(repair) for repair in (*layouts.REPAIRS, *exchanges.REPAIRS))
 _LOOKS: tuple[Callable[[ParameterSite, np.ndarray, np.ndarray], Look | None], ...] = (
     differences.not_finite,
     differences.constant,
@@ -57,8 +60,12 @@ def look(site: ParameterSite) -> Look | None:
     ours, theirs = site.ours, site.theirs
     if ours is None or theirs is None or ours.shape != theirs.shape or not ours.size:
         return None
-    if site.finding.ok or any(next(repair.variants(site), None) for repair in _EXACT):
+    if site.finding.ok or any(next(repair.variants(site), None) for repair in (*_EXACT, *_BEHIND_ROUNDING)):
         return None
+    for rounded in site.once(rounded_sites):
+        found = differences.few_elements(rounded, ours, rounded.file[site.name])
+        if found is not None:
+            return found
     for fits in _LOOKS:
         found = fits(site, ours, theirs)
         if found is not None:
@@ -99,6 +106,7 @@ REPAIRS: tuple[Repair, ...] = (
     *exchanges.REPAIRS,
     *encodings.REPAIRS,
     *_EXACT,
+    *_BEHIND_ROUNDING,
     repair("lm_head untied and random", _LOAD, partial(_looks_like, _INIT, only=HEAD), last_resort=True),
     *(repair(cause, advice, partial(_looks_like, cause), last_resort=True) for cause, advice in _ADVICE.items()),
 )
