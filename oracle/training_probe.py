@@ -20,7 +20,7 @@ SETTINGS = TrainSettings(
     batch_size=2,
     accumulate=3,
     sequence_length=32,
-    learning_rate=3e-3,
+    learning_rate=5e-4,
     schedule="cosine",
     warmup_steps=4,
     final_learning_rate=0.1,
@@ -29,8 +29,9 @@ SETTINGS = TrainSettings(
     beta2=0.95,
     clip_norm=0.9,
 )
-"""What both sides are told. Decay is strong, so that its lack shows beside rounding; the clip norm is in
-multiples of the first step's gradient norm, so that some steps of any model are clipped and some are not."""
+"""What both sides are told. A small rate keeps rounding from growing chaotically in models whose weights are
+unusually large, and strong decay shows beside rounding. The clip norm is in multiples of the first step's gradient
+norm, so that some steps of any model are clipped and some are not."""
 
 LARGE = 2_000_000
 """Parameters from which gradients are compared on one micro-batch, and the optimizer on a part of the model."""

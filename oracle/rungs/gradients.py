@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle import lesson, noise, training_noise, training_probe, training_reference
+from oracle import lesson, memory, noise, training_noise, training_probe, training_reference
 from oracle.compare import Judge
 from oracle.comparison import Comparison
 from oracle.lesson import Lesson
@@ -70,6 +70,7 @@ def _at_once(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) 
 def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) -> Compared:
     """Truth layer by layer, so that its gradients are never held together; the peer's are."""
     (batch,) = lesson.gradient_batches(asked)
+    memory.release()  # what the candidate's backward pass used
     peer: Arrays = {}
     by_layer(comparison.reference.peer.decoder, batch, peer.update)
     ready: list[tuple[Finding, bool]] = []
