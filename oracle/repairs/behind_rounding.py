@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from oracle.repairs.encodings import ROUNDINGS, Encoding
+from oracle.repairs.encodings import ROUNDINGS, Encoding, made_by
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import bits
 from oracle.rungs.bits import ParameterSite, sampled
@@ -38,7 +38,7 @@ class Rounded(Mapping[str, np.ndarray]):
 def rounded_sites(site: ParameterSite) -> list[ParameterSite]:
     """The same place beside the file as each rounding that ours may have gone through leaves it."""
     ours, theirs = site.ours, site.theirs
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or any(made_by(rounding, ours, theirs) for _, rounding in ROUNDINGS):
         return []
     kept = [rounding for _, rounding in ROUNDINGS if _survives(rounding, ours) and not _survives(rounding, theirs)]
     return [replace(site, file=Rounded(site.file, rounding)) for rounding in kept]
