@@ -307,8 +307,8 @@ def test_wrong_weights_are_named_by_what_they_compute(model: Callable[..., Model
     ("field", "value", "tap"),
     [
         ("rope_theta", 500.0, "rope.angles"),
-        ("rms_norm_eps", 1e-3, "layers.0.attn_norm"),
-        ("rope_scaling", None, "rope.angles"),
+        pytest.param("rms_norm_eps", 1e-3, "layers.0.attn_norm", marks=pytest.mark.slow),
+        pytest.param("rope_scaling", None, "rope.angles", marks=pytest.mark.slow),
     ],
 )
 def test_a_config_field_that_differs_from_the_folders_is_named(
