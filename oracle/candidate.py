@@ -22,6 +22,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, OpFunction
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.taps import Op, Wiring, ops
+from oracle import memory
 from oracle.text import Text
 from oracle.training import Training
 
@@ -91,6 +92,7 @@ class Candidate:
             Unrunnable: shapes that do not fit together, or a tap that is not there.
         """
         given = (self.params, *map(jnp.asarray, (ids, positions, segments)))
+        memory.release()  # all taps come at once
         with unrunnable("forward"):
             taps = _forward(self.config, self._replacements, self.forward_pass, *given)
         return _in_order(taps, ops(self.config), "forward")
@@ -120,6 +122,7 @@ class Candidate:
             Unrunnable: shapes that do not fit together, or a tap that is not there.
         """
         given = (self.params, jnp.asarray(ids), jnp.asarray(counts), cache)
+        memory.release()
         with unrunnable("cached forward"):
             taps, cache = _advance(self.config, self._replacements, self.step, *given)
         return _in_order(taps, ops(self.config, Wiring(cached=True)), "cached forward"), cache
@@ -130,6 +133,7 @@ class Candidate:
         Raises:
             Unrunnable: the generator refused, for example because logits are NaN.
         """
+        memory.release()
         if self.is_altered:
             return self._greedy_by_steps(prompts, new_tokens)
         real = self.config.vocab_size if self.real_ids is None else self.real_ids
