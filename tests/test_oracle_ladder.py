@@ -263,7 +263,7 @@ def test_a_candidate_that_does_not_repeat_itself_is_inconclusive(gpt2: Case):
 
 
 def test_the_report_says_in_words_and_json_where_the_difference_begins(gpt2: Case):
-    epsilon = next(fault for fault in FAULTS if fault.name == "norm epsilon wrong")
+    epsilon = next(fault for fault in FAULTS if fault.name == "norm epsilon")
     found = gpt2.compare(epsilon.plant(gpt2.candidate), rungs=("bits", "operators"))
     text = "\n".join(terminal.lines(found))
     assert text.startswith("FAIL. First divergence: layers.0.attn_norm, op norm")
