@@ -308,7 +308,7 @@ def test_a_wrong_op_is_named_and_proved_by_undoing_it(
     assert names(found) == [cause], [(each.name, each.change, each.tied) for each in found.causes]
     (named,) = found.causes
     assert named.tap == tap
-    assert named.tied == []
+    assert not named.tied
     assert named.proved is (cause != UNKNOWN)
     if cause != UNKNOWN:
         assert named.after.ok

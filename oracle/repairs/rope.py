@@ -13,6 +13,9 @@ from oracle.repairs.repair import Repair
 from torchref.config import Rope
 from torchref.llama import frequencies
 
+LARGEST = 1e12
+"""No base is larger."""
+
 # -- Angles ----------------------------------------------------------------------------
 
 
@@ -44,16 +47,18 @@ def theta(box: BlackBox) -> Iterator[Change]:
 
 
 def _theta_in_use(box: BlackBox) -> float | None:
-    # The last pair is the slowest; llama3's scaling and the linear one divide it by their factor.
-    rope, half = box.facts.rope, box.facts.head_dim // 2
+    """Found by halving: the larger the base, the slower the last pair, however frequencies are scaled."""
+    half = box.facts.head_dim // 2
     angle = box.given([np.ones((1, 1), np.int32)]).astype(np.float64).ravel()
-    if rope is None or angle.shape != (half,) or half < 2 or not (angle > 0).all():
+    if angle.shape != (half,) or half < 2 or not (angle > 0).all():
         return None
-    pair = 1 if rope.kind == "llama3" else half - 1
-    slow = angle[pair] * (rope.factor if rope.kind == "linear" else 1.0)
-    used = float(slow ** (-half / pair))
-    # The largest relative error of the power: one digit of the angle, half / pair times.
-    return nice(used, 4e-7 * half) if 1.0 < used < 1e12 else None
+    low, high = 0.0, np.log(LARGEST)
+    for _ in range(60):
+        middle = (low + high) / 2
+        slower = _other(box, theta=float(np.exp(middle)))[-1] < angle[-1]
+        low, high = (low, middle) if slower else (middle, high)
+    # One digit of the angle, half / (half - 1) times.
+    return nice(float(np.exp(low)), 8e-7) if 0 < low < np.log(LARGEST) * 0.999 else None
 
 
 def unscaled(box: BlackBox) -> Iterator[Change]:
@@ -92,9 +97,10 @@ def not_wanted(box: BlackBox) -> Iterator[Change]:
     if slower is not None and not (rope.kind == "linear" and slower == 1 / rope.factor):
         yield box.turned(f"with the angles multiplied by {slower:g}", lambda y, *_: y * np.float32(slower))
     for scaling in LLAMA3:
-        wrong = {**vars(scaling), "theta": rope.theta}
-        if wrong != vars(rope):
-            yield _divided(box, f"without llama3 scaling by {scaling.factor:g}", _other(box, **wrong))
+        wrong = _other(box, **{**vars(scaling), "theta": rope.theta})
+        # Of short waves it changes none.
+        if not any(np.allclose(wrong, other, rtol=1e-5) for other in (proper(box), _other(box, kind="default"))):
+            yield _divided(box, f"without llama3 scaling by {scaling.factor:g}", wrong)
 
 
 def _common_factor(box: BlackBox) -> float | None:

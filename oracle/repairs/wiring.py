@@ -174,7 +174,7 @@ Kind = Callable[[str, str, str], bool]
 KINDS: dict[str, Kind] = {
     "position ids off by one": lambda op, wanted, read: read.startswith("positions off by one"),
     "position ids do not restart with a document": lambda op, wanted, read: read == "positions not restarting",
-    "position ids count the padding": lambda op, wanted, read: read == "positions counting the padding",
+    "position ids count the padding": lambda op, wanted, read: read.startswith("positions counting the padding"),
     "first row's positions used for every row": lambda op, wanted, read: read == "positions of the first row",
     "cache slot off by one": lambda op, wanted, read: op == "store" and read.startswith("slots off by one"),
     "causal mask off by one": lambda op, wanted, read: read.startswith("slots off by one"),
