@@ -58,7 +58,7 @@ class Changing(dict[str, torch.Tensor]):
         super().__setitem__(tap, self._on_tap(tap, value))
 
 
-class _Forgetful(Changing):
+class Forgetful(Changing):
     """Keeps the latest tap alone."""
 
     def __setitem__(self, tap: str, value: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ def echoing(decoder: Decoder, number: int) -> Generator[Decoder]:
     move = echo(number)
 
     def moved(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {"taps": _Forgetful(move), **given}
+        return args, {"taps": Forgetful(move), **given}
 
     handle = decoder.register_forward_pre_hook(moved, with_kwargs=True)
     try:

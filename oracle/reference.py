@@ -18,7 +18,7 @@ import torchref
 from jaxgpt.errors import InputError
 from jaxgpt.taps import Op
 from oracle import streaming
-from oracle.echo import ECHOES, Changing, OnTap, echo, silent
+from oracle.echo import ECHOES, Changing, Forgetful, OnTap, echo, silent
 from oracle.probe import Probe
 from torchref import Cache, Decoder
 
@@ -56,9 +56,9 @@ class Model:
         wanted = torch.float64 if self.decoder.dtype == torch.float64 else narrow
         return torch.from_numpy(array.astype(np.float32)).to(wanted)
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
+    def logits(self, ids: np.ndarray, on_tap: OnTap = silent) -> np.ndarray:
         """(B, T, V) of whole sequences."""
-        return to_numpy(self._forward(_ints(ids)))
+        return to_numpy(self._forward(_ints(ids), taps=Forgetful(on_tap)))
 
     def advance(
         self, ids: np.ndarray, positions: np.ndarray, real: np.ndarray, past: Cache | None, on_tap: OnTap = silent
@@ -111,6 +111,10 @@ class Reference:
     def draws(self, probe: Probe) -> list[streaming.Taps]:
         """Streams of the peer and of its echoes: draws of what rounding costs."""
         return [self.peer.stream(probe), *(self.peer.stream(probe, echo(number)) for number in range(ECHOES))]
+
+    def logit_draws(self, ids: np.ndarray) -> list[np.ndarray]:
+        """(B, T, V) logits of the peer and of its echoes."""
+        return [self.peer.logits(ids), *(self.peer.logits(ids, echo(number)) for number in range(ECHOES))]
 
     @property
     def in_training_mode(self) -> bool:

@@ -187,14 +187,13 @@ def _judged(
     ids = np.array([[*prompt, *new[:-1]]])
     last = slice(len(prompt) - 1, None)
     truth = reference.truth.logits(ids)[0, last]
-    peer = reference.peer.logits(ids)[0, last].astype(np.float64)
+    draws = [draw[0, last] for draw in reference.logit_draws(ids)]
     real = truth[:, : candidate.real_ids]
     second, best = np.partition(real, -2, axis=-1)[:, -2:].T
     deficits = best - real[np.arange(len(new)), new]
-    scale = np.abs(truth).max(-1)
-    rounding = np.maximum(np.abs(peer - truth).max(-1), noise.EPSILON[judge.dtype] * scale)
     # Either logit of a pair may be off by the noise limit.
-    tolerance = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1] * rounding
+    limit = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1]
+    tolerance = limit * _rounding(truth, draws, noise.EPSILON[judge.dtype])
     expected = real.argmax(-1)
     tokens = [
         Token(
@@ -208,6 +207,15 @@ def _judged(
     ]
     padded = int((truth.argmax(-1) >= real.shape[-1]).sum())
     return _Choices(tokens, next((_wrong(token) for token in tokens if token.outcome == "wrong"), ""), padded)
+
+
+def _rounding(truth: np.ndarray, draws: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
+    """(T,): how far the worst logit of each position is off in any draw.
+
+    All draws may be lucky at one position, so none has less than the mean, nor than one ulp.
+    """
+    errors = np.max([np.abs(draw - truth).max(-1) for draw in draws], axis=0)
+    return np.maximum(np.maximum(errors, errors.mean()), epsilon * np.abs(truth).max(-1))
 
 
 def _wrong(token: Token) -> str:
