@@ -6,12 +6,24 @@ from dataclasses import replace
 
 import jax
 
-from oracle import exposure, noise
+from oracle import exposure, noise, training_site
 from oracle.candidate import Unrunnable
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.results import Finding, Inconclusive, Report, RungResult
-from oracle.rungs import bits, decode, decode_site, environment, forward, ids, operators, statistics
+from oracle.rungs import (
+    bits,
+    decode,
+    decode_site,
+    environment,
+    forward,
+    gradients,
+    ids,
+    loss,
+    operators,
+    optimizer,
+    statistics,
+)
 from oracle.site import Site
 
 Rung = Callable[[Comparison], RungResult]
@@ -23,6 +35,9 @@ LADDER: dict[str, Rung] = {
     statistics.NAME: statistics.run,
     operators.NAME: lambda c: operators.run(c.candidate, c.reference, c.sequences(), c.judge(operators.NAME)),
     forward.NAME: lambda c: forward.run(c.candidate, c.reference, c.sequences(), c.judge(forward.NAME)),
+    loss.NAME: loss.run,
+    gradients.NAME: gradients.run,
+    optimizer.NAME: optimizer.run,
     decode.NAME: lambda c: decode.run(c.candidate, c.reference, c.decoding(), c.judge(decode.NAME)),
 }
 """In causal order."""
@@ -80,6 +95,7 @@ SITES: dict[str, Callable[[Comparison, Finding], Site]] = {
     statistics.NAME: statistics.site,
     operators.NAME: operators.site,
     forward.NAME: forward.site,
+    **{rung: training_site.of(rung) for rung in (loss.NAME, gradients.NAME, optimizer.NAME)},
     decode.NAME: decode_site.site,
 }
 """Rungs that can measure one of their findings alone; the others are run again as a whole."""

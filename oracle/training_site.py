@@ -1,5 +1,6 @@
 """Where a difference of training begins: the rung is run again, once for each candidate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -119,6 +120,6 @@ def _first_loss(site: TrainingSite) -> float:
     return float(np.abs(float(report.loss) - truth) / truth)
 
 
-def site(comparison: Comparison, rung: str, finding: Finding) -> Site:
-    """The place of a finding of a training rung."""
-    return TrainingSite(comparison, rung, finding)
+def of(rung: str) -> Callable[[Comparison, Finding], Site]:
+    """The places of one training rung."""
+    return lambda comparison, finding: TrainingSite(comparison, rung, finding)

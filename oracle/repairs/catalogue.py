@@ -1,6 +1,6 @@
 """Every repair, narrow ones first: of two that undo a difference alike, the first is named and the other a tie."""
 
-from oracle.repairs import configuration, decoding, misread, operators, parameters, text, wiring
+from oracle.repairs import configuration, decoding, misread, operators, parameters, text, training, wiring
 from oracle.repairs.repair import Repair
 
 REPAIRS: tuple[Repair, ...] = (
@@ -10,5 +10,6 @@ REPAIRS: tuple[Repair, ...] = (
     *configuration.REPAIRS,
     *operators.REPAIRS,
     *wiring.REPAIRS,
+    *training.REPAIRS,
     *decoding.REPAIRS,
 )
