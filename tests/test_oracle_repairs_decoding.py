@@ -175,7 +175,7 @@ def cases_of(table: dict[str, Any], quick: int) -> list[Any]:
     return [pytest.param(name, id=name.replace(" ", "_"), marks=mark) for name, mark in zip(table, marks, strict=True)]
 
 
-@pytest.mark.parametrize("cause", cases_of(FORWARDS, 3))
+@pytest.mark.parametrize("cause", cases_of(FORWARDS, 2))
 def test_what_an_op_was_computed_from_is_found_and_given_back(cases: Any, cause: str):
     family, forward, tap = FORWARDS[cause]
     found = cases(family).bisect("forward", forward_pass=forward)
@@ -332,7 +332,7 @@ STEPS: dict[str, tuple[str, Step, tuple[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("cause", cases_of(STEPS, 3))
+@pytest.mark.parametrize("cause", cases_of(STEPS, 2))
 def test_a_wrong_step_is_named_and_proved_by_undoing_it(cases: Any, cause: str):
     family, step, place = STEPS[cause]
     found = cases(family).bisect("decode", step=step)

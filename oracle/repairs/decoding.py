@@ -6,7 +6,6 @@ differs from the one that its attention read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,54 +16,19 @@ from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves, OpFunction
 from jaxgpt.taps import Op, Wiring, ops
-from oracle.candidate import Candidate, Unrunnable
-from oracle.repairs import interception, wiring
+from oracle.repairs import caches, interception, wiring
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import decode
-from oracle.rungs.decode_site import Call, DecodeSite, calls
+from oracle.rungs.decode_site import Call, DecodeSite
 from oracle.site import Site
 
 POSITIONS = ("embed.positions", "rope.angles")
-Before = Callable[[KVCache, Any], KVCache]
-"""(cache, counts) to the cache that the step is given instead."""
-After = Callable[[KVCache, KVCache, Any, Mapping[str, Any], Any], KVCache]
-"""(cache after, cache before, counts, taps, slots written) to the cache that is handed on instead."""
-
-
-def observed(site: DecodeSite) -> list[Call]:
-    """The candidate's own calls up to the step that differs; none if it cannot run."""
-    try:
-        return list(calls(site.candidate, site.forced, site.last))
-    except Unrunnable:
-        return []
-
-
-def around(candidate: Candidate, before: Before, after: After) -> Candidate:
-    """The candidate with a step that is given another cache, or hands on another."""
-    inner = candidate.step
-
-    def step(config: ModelConfig, params: Any, ids: Any, counts: Any, cache: KVCache, **given: Any) -> Any:
-        output, new = inner(config, params, ids, counts, before(cache, ids), **given)
-        slots = model.cached_inputs(config, ids, counts, cache)["slots"]
-        return output, after(new, cache, counts, output.taps, slots)
-
-    return replace(candidate, step=step)
-
-
-def _as_given(cache: KVCache, ids: Any) -> KVCache:
-    return cache
-
-
-def _advanced(new: KVCache, old: KVCache, counts: Any, taps: Mapping[str, Any], slots: Any) -> KVCache:
-    return new._replace(lengths=old.lengths + counts)
-
-
 # -- Lengths ---------------------------------------------------------------------------
 
 
 def _moves(site: DecodeSite) -> str:
     """How the lengths move in the first call in which they do not move by the tokens it was given."""
-    for call in site.once(observed)[:-1]:
+    for call in site.once(caches.observed)[:-1]:
         moved = np.asarray(call.after.lengths) - np.asarray(call.before.lengths)
         if np.array_equal(moved, call.counts):
             continue
@@ -80,7 +44,7 @@ def lengths(how: str) -> Callable[[Site], Iterator[Variant]]:
     def variants(site: Site) -> Iterator[Variant]:
         if isinstance(site, DecodeSite) and _moves(site) == how:
             change = "with the lengths advanced by the tokens of each row"
-            yield Variant(change, around(site.candidate, _as_given, _advanced))
+            yield Variant(change, caches.around(site.candidate, caches.as_given, caches.advanced))
 
     return variants
 
@@ -89,14 +53,14 @@ def offset(site: Site) -> Iterator[Variant]:
     """Lengths that the step takes for one more or one less, so that positions, mask and slots are all off."""
     if not isinstance(site, DecodeSite) or site.op.tap not in POSITIONS:
         return
-    history = site.once(observed)
+    history = site.once(caches.observed)
     if not history or _mask_is_right(site, history[-1]):
         return
     for by, named in ((-1, "lowered"), (1, "raised")):
         for when, condition in _conditions(site):
             yield Variant(
                 f"with the cache's lengths {named} by one {when}".rstrip(),
-                around(site.candidate, _shifted(by, condition), _advanced),
+                caches.around(site.candidate, _shifted(by, condition), caches.advanced),
             )
 
 
@@ -109,7 +73,7 @@ def _conditions(site: DecodeSite) -> Iterator[tuple[str, Callable[[int], bool]]]
         yield "in steps of one token", lambda width: width == 1
 
 
-def _shifted(by: int, condition: Callable[[int], bool]) -> Before:
+def _shifted(by: int, condition: Callable[[int], bool]) -> caches.Before:
     def before(cache: KVCache, ids: Any) -> KVCache:
         return cache._replace(lengths=cache.lengths + by) if condition(ids.shape[1]) else cache
 
@@ -147,7 +111,7 @@ def _values(site: DecodeSite, call: Call) -> dict[str, Any]:
 
 def found(site: DecodeSite) -> wiring.Reading | None:
     """What the site's tap was computed from, where that is not what the table says."""
-    history = site.once(observed)
+    history = site.once(caches.observed)
     if not history:
         return None
     table = ops(site.candidate.config, Wiring(cached=True))
@@ -189,7 +153,7 @@ def _own_slots(function: OpFunction, op: Op, tape: Any, config: ModelConfig, p: 
 
 
 def _only_positions(site: DecodeSite) -> bool:
-    history = site.once(observed)
+    history = site.once(caches.observed)
     return not _moves(site) and bool(history) and _mask_is_right(site, history[-1])
 
 
@@ -197,7 +161,12 @@ def inputs_of(*taps: str) -> Callable[[Site], Iterator[Variant]]:
     """Taps computed from what follows from ids, counts and lengths, where nothing more definite was found."""
 
     def variants(site: Site) -> Iterator[Variant]:
-        if not isinstance(site, DecodeSite) or not site.op.tap.endswith(taps) or _moves(site) or _narrowness(site):
+        if (
+            not isinstance(site, DecodeSite)
+            or not site.op.tap.endswith(taps)
+            or _moves(site)
+            or caches.narrowness(site)
+        ):
             return
         if site.once(found) is None and not _own_inputs(site):
             change = f"with {site.op.tap} computed from what the cache's lengths and the ids say"
@@ -208,115 +177,11 @@ def inputs_of(*taps: str) -> Callable[[Site], Iterator[Variant]]:
 
 def _own_inputs(site: DecodeSite) -> bool:
     """The tap is what the op gives on what it should read, so that something else is wrong."""
-    history = site.once(observed)
+    history = site.once(caches.observed)
     if not history:
         return True
     values = _values(site, history[-1])
     return wiring.gives(site.candidate, wiring.as_it_should(site.op), values)
-
-
-# -- What the cache holds --------------------------------------------------------------
-
-NARROW = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")
-"""Dtypes of caches, the narrowest first."""
-
-
-def _narrowness(site: DecodeSite) -> str:
-    """The dtype in which all earlier keys that attention read can be written, narrower than the candidate's."""
-    history, tap = site.once(observed), site.op.tap
-    if site.op.function != "store" or not history or not site.last:
-        return ""
-    lengths = np.asarray(history[-1].before.lengths)
-    keys = np.asarray(history[-1].taps[tap].astype(jnp.float32))
-    earlier = np.concatenate([keys[row, :, : lengths[row]].ravel() for row in range(len(lengths))])
-    for name in NARROW:
-        same = np.array_equal(earlier.astype(jnp.dtype(name)).astype(np.float32), earlier)
-        if same and name != site.candidate.dtype and earlier.any():
-            return name
-    return ""
-
-
-def too_narrow(site: Site) -> Iterator[Variant]:
-    """Digits given back to keys and values that lost them on the way from one step to the next."""
-    if not isinstance(site, DecodeSite) or not (name := _narrowness(site)):
-        return
-    changes = {"store": _digits(name)}
-    listening = interception.cached(site.candidate, changes)
-
-    def after(new: KVCache, old: KVCache, counts: Any, taps: Mapping[str, Any], slots: Any) -> KVCache:
-        return _buffers(new, taps, lambda kept, read: _restored(kept, read, name))
-
-    yield Variant(f"with the cache in {site.candidate.dtype}, not {name}", around(listening, _as_given, after))
-
-
-def _digits(name: str) -> interception.Change:
-    def change(function: OpFunction, op: Op, tape: Any, config: ModelConfig, p: Leaves, inputs: Any) -> Any:
-        new, buffer = (
-            _restored(given, tape[read], name) for given, read in zip(inputs[:2], op.inputs[:2], strict=True)
-        )
-        return function(config, p, new, buffer, inputs[2])
-
-    return change
-
-
-def _restored(kept: Any, exact: Any, name: str) -> Any:
-    """The exact value wherever what was kept is that value, rounded."""
-    rounded = exact.astype(name).astype(jnp.float32)
-    return jnp.where(kept.astype(name).astype(jnp.float32) == rounded, exact, kept.astype(exact.dtype))
-
-
-def _buffers(cache: KVCache, taps: Mapping[str, Any], change: Callable[[Any, Any], Any]) -> KVCache:
-    """Every buffer changed, given what attention read in the same layer."""
-    keys = [change(kept, taps[f"layers.{i}.attn.keys"]) for i, kept in enumerate(cache.keys)]
-    values = [change(kept, taps[f"layers.{i}.attn.values"]) for i, kept in enumerate(cache.values)]
-    return cache._replace(keys=tuple(keys), values=tuple(values))
-
-
-def _lost(site: DecodeSite) -> str:
-    """What differs between the cache that attention read and the one handed on.
-
-    `new`: the latest tokens' slots, which are as before; `old`: earlier tokens' slots
-    alone; `all`: anything else.
-    """
-    for call in site.once(observed)[:-1]:
-        lengths = np.asarray(call.before.lengths)[:, None]
-        numbers, ends = np.arange(call.before.slots), lengths + call.counts[:, None]
-        for layer in range(len(call.after.keys)):
-            for part in ("keys", "values"):
-                before, after = (np.asarray(getattr(cache, part)[layer]) for cache in (call.before, call.after))
-                read = np.asarray(call.taps[f"layers.{layer}.attn.{part}"])
-                if not before.shape == after.shape == read.shape:
-                    return ""
-                differs = (after != read).any(axis=(1, 3)) & (numbers < ends)
-                if not differs.any():
-                    continue
-                if not (differs & (numbers >= lengths)).any():
-                    return "old"
-                stays = not ((after != before).any(axis=(1, 3)) & differs).any()
-                latest = bool(differs[np.arange(len(ends)), ends[:, 0] - 1].all())
-                return "new" if stays and latest and not (differs & (numbers < lengths)).any() else "all"
-    return ""
-
-
-def handed_on(which: str, change: str) -> Callable[[Site], Iterator[Variant]]:
-    """The slots in question as attention read them."""
-
-    def variants(site: Site) -> Iterator[Variant]:
-        if isinstance(site, DecodeSite) and not _narrowness(site) and _lost(site) == which:
-            yield Variant(change, around(site.candidate, _as_given, _kept(which)))
-
-    return variants
-
-
-def _kept(which: str) -> After:
-    def after(new: KVCache, old: KVCache, counts: Any, taps: Mapping[str, Any], slots: Any) -> KVCache:
-        numbers = jnp.arange(new.slots)
-        written = (slots[..., None] == numbers).any(axis=1)  # (B, S)
-        before = numbers < old.lengths[:, None]
-        where = {"new": written, "old": before, "all": written | before}[which][:, None, :, None]
-        return _buffers(new, taps, lambda kept, read: jnp.where(where, read, kept))
-
-    return after
 
 
 def _another_op(site: Site) -> Iterator[Variant]:
@@ -334,10 +199,10 @@ _TABLE: tuple[tuple[str, str, Callable[[Site], Iterator[Variant]]], ...] = (
     ("cache position advanced wrongly", _LENGTHS, lengths("otherwise")),
     ("cache offset off by one", _INPUTS, offset),
     *((name, _INPUTS, rewired(name)) for name in (*wiring.KINDS, wiring.PARAMETERS, wiring.OTHER)),
-    ("cache dtype too low", "keep keys and values in the compute dtype: empty in jaxgpt/cache.py", too_narrow),
-    ("stale cache slot", _CACHE, handed_on("new", "with the new keys and values kept")),
-    ("earlier cache slots overwritten", _CACHE, handed_on("old", "with the earlier keys and values kept")),
-    ("cache handed on is not the one read", _CACHE, handed_on("all", "with the keys and values kept")),
+    ("cache dtype too low", "keep keys and values in the compute dtype: empty in jaxgpt/cache.py", caches.too_narrow),
+    ("stale cache slot", _CACHE, caches.handed_on("new", "with the new keys and values kept")),
+    ("earlier cache slots overwritten", _CACHE, caches.handed_on("old", "with the earlier keys and values kept")),
+    ("cache handed on is not the one read", _CACHE, caches.handed_on("all", "with the keys and values kept")),
     ("wrong ids in cached steps", _INPUTS, inputs_of("embed.tokens")),
     ("wrong positions in cached steps", _INPUTS, inputs_of(*POSITIONS)),
     ("padding or unwritten slots visible", _INPUTS, inputs_of("mask")),
