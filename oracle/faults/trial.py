@@ -2,11 +2,12 @@
 
 import shutil
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,13 @@ class Subject:
 @lru_cache(maxsize=2)
 def subject(model: str, dtype: str) -> Subject:
     """The model in a dtype; its folder lives as long as it does."""
-    place = TemporaryDirectory()
-    folder = models.write(CONFIGS[model], Path(place.name, "hf"), dtype, SEED)
+    place = Path(mkdtemp())
+    folder = models.write(CONFIGS[model], place / "hf", dtype, SEED)
     candidate = models.candidate(folder, dtype)
     if any(model in family for family in WITH_TEXT.values()):
-        candidate = _with_text(candidate, folder, Path(place.name, "jaxgpt"))
+        candidate = _with_text(candidate, folder, place / "jaxgpt")
     made = Subject(candidate, Reference.load(folder, dtype), folder)
-    object.__setattr__(made, "_place", place)
+    weakref.finalize(made, shutil.rmtree, place, ignore_errors=True)
     return made
 
 
