@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from jaxgpt import ops as true_ops
-from oracle import ladder, models, noise
+from oracle import exposure, ladder, models, noise
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.faults import FAULTS, Fault
+from oracle.faults.catalogue import CATALOGUE
 from oracle.reference import Reference
 from oracle.reports import terminal
 from oracle.results import Report
@@ -283,5 +284,14 @@ def test_without_a_source_wrong_weights_are_listed_as_hidden(gpt2: Case):
     comparison = Comparison(gpt2.candidate, gpt2.reference, gpt2.folder, None, calibration)
     found = ladder.climb(comparison, rungs=("bits",))
     assert found.hidden["kernel transposed"] == "no --reference folder to compare the weights with"
-    assert "exporter layout or names" in found.exposed
     assert found.hidden["cache offset"] == "the rung decode was not reached"
+
+
+def test_exposed_are_the_classes_of_the_catalogue_that_the_model_has(gpt2: Case):
+    comparison = Comparison(gpt2.candidate, gpt2.reference, gpt2.folder, gpt2.folder, noise.stored_calibration())
+    exposed, hidden = exposure.classes(comparison, tuple(ladder.LADDER))
+    assert {"kernel transposed", "norm epsilon", "cache offset", "Adam's betas"} <= set(exposed)
+    assert hidden["RoPE interleaved"] == "exists only where positions are rotations"
+    assert hidden["roles swapped"] == "the checkpoint has no tokenizer"
+    assert {*exposed, *hidden} == {*(fault.name for fault in CATALOGUE), *exposure.REACH}
+    assert all(reason != "exists only where " for reason in hidden.values())

@@ -243,10 +243,15 @@ def exposure(report: Report) -> Markup:
     reasons: dict[str, list[str]] = {}
     for fault, reason in report.hidden.items():
         reasons.setdefault(reason, []).append(fault)
-    shown = tag("p", tag("strong", "Would have shown: "), ", ".join(report.exposed) + ".") if report.exposed else ""
+    known = len(report.exposed) + len(report.hidden)
+    shown = folded(f"Would have shown {len(report.exposed)} of {known} known kinds of fault", _list(report.exposed))
     hidden = [tag("li", tag("strong", f"{_upper(reason)}: "), ", ".join(names)) for reason, names in reasons.items()]
     lead = tag("p", "Nothing is said about these:") if hidden else ""
     return section("What these inputs could expose", shown, lead, tag("ul", *hidden) if hidden else "")
+
+
+def _list(names: Sequence[str]) -> Markup:
+    return tag("p", ", ".join(names) + ".")
 
 
 def _upper(text: str) -> str:

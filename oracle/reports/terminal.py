@@ -55,12 +55,18 @@ def lines(report: Report) -> Iterator[str]:
         yield f"  {rung.name:<12} {rung.verdict:<12} {rung.seconds:6.1f} s  {rung.summary}"
     yield ""
     yield from _further(report)
-    yield f"Could have shown: {', '.join(report.exposed)}."
+    yield from _exposure(report)
+
+
+def _exposure(report: Report) -> Iterator[str]:
+    known = len(report.exposed) + len(report.hidden)
+    yield f"Could have shown {len(report.exposed)} of {known} known kinds of fault (--html and --json name them all)."
     by_reason: dict[str, list[str]] = {}
     for name, reason in report.hidden.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        yield f"Could not have shown ({reason}): {', '.join(names)}."
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        yield f"Could not have shown ({reason}): {', '.join(names[:SHOWN])}{more}."
 
 
 def _further(report: Report) -> Iterator[str]:

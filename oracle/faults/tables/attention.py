@@ -23,18 +23,30 @@ def _masked_by(wrong: OpFunction) -> Plant:
 
 
 def _scaled(kind: str):
-    return lambda config: config.rope_scaling is not None and config.rope_scaling.rope_type == kind
+    def applies(config: ModelConfig) -> bool:
+        return config.rope_scaling is not None and config.rope_scaling.rope_type == kind
+
+    applies.__doc__ = f"RoPE is scaled, by the rule {kind}."
+    return applies
 
 
 def _is_scaled(config: ModelConfig) -> bool:
+    """RoPE is scaled."""
     return config.rope_scaling is not None
 
 
+def _is_plain_rope(config: ModelConfig) -> bool:
+    """Positions are rotations without a scaling."""
+    return has_rope(config) and not _is_scaled(config)
+
+
 def _several_heads(config: ModelConfig) -> bool:
+    """There are several key heads."""
     return config.num_key_value_heads > 1
 
 
 def _free_width(config: ModelConfig) -> bool:
+    """The heads together are wider or narrower than the model."""
     return config.num_attention_heads * config.head_dim != config.hidden_size
 
 
@@ -60,6 +72,7 @@ def _common_factor(config: ModelConfig) -> int:
 
 
 def _has_common_factor(config: ModelConfig) -> bool:
+    """The numbers of query and key heads have a common factor."""
     return _common_factor(config) > 1
 
 
@@ -161,7 +174,7 @@ ROTATION = (
         instead({"angles": a.angles_of_another_theta}),
         OPS,
         at(ANGLES),
-        lambda c: has_rope(c) and not _is_scaled(c),
+        _is_plain_rope,
         place="another family's",
     ),
     Fault(
@@ -205,7 +218,7 @@ ROTATION = (
         instead({"angles": a.angles_of_model_width}),
         OPS,
         at(ANGLES),
-        lambda c: has_rope(c) and not _is_scaled(c),
+        _is_plain_rope,
     ),
     Fault(
         "RoPE angles in bfloat16",

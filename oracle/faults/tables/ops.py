@@ -22,11 +22,16 @@ FP32 = ("float32",)
 
 
 def _plain(config: ModelConfig) -> bool:
+    """The MLP has no gate."""
     return not config.gated_mlp
 
 
 def _acts(*names: str):
-    return lambda config: _plain(config) and config.hidden_act in names
+    def applies(config: ModelConfig) -> bool:
+        return _plain(config) and config.hidden_act in names
+
+    applies.__doc__ = f"The MLP has no gate and its activation is {' or '.join(names)}."
+    return applies
 
 
 def _in_bf16(reason: str):

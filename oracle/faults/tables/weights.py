@@ -23,18 +23,27 @@ Q0, K0, EMBED = "layers.0.attn.q", "layers.0.attn.k", "embed.tokens"
 
 
 def _equal_heads(config: ModelConfig) -> bool:
+    """Query and key have the same number of heads."""
     return config.num_attention_heads == config.num_key_value_heads
 
 
 def _several_heads(config: ModelConfig) -> bool:
+    """There are several key heads."""
     return config.num_key_value_heads > 1
 
 
+def _equal_biases(config: ModelConfig) -> bool:
+    """Query and key have biases of the same size."""
+    return has_qkv_bias(config) and _equal_heads(config)
+
+
 def _has_output_bias(config: ModelConfig) -> bool:
+    """The output projection of attention has a bias."""
     return config.attention_output_bias
 
 
 def _beyond_ten_layers(config: ModelConfig) -> bool:
+    """There are more than ten layers."""
     return config.num_hidden_layers > 10
 
 
@@ -229,7 +238,7 @@ PLACES = (
         w.renamed(lambda _: {Q1: K1, K1: Q1}, ("bias",)),
         BITS,
         at(Q1),
-        lambda c: has_qkv_bias(c) and _equal_heads(c),
+        _equal_biases,
     ),
     Fault(
         "bias with the wrong sign",

@@ -16,6 +16,7 @@ def _layer_fewer(config: ModelConfig) -> int:
 
 
 def _outgrows_bucket(config: ModelConfig) -> bool:
+    """The context is longer than the smallest bucket of the cache."""
     return config.max_position_embeddings >= MINIMUM
 
 
