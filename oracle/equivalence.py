@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 from jaxgpt.errors import InputError
 from oracle import ladder, models, noise, subject, workers
-from oracle.comparison import Comparison
 from oracle.faults import mutants, trial
 from oracle.faults.mutants import Mutant
 from oracle.noise import Calibration
@@ -88,7 +87,7 @@ def answer(task: Task) -> Outcome:
     calibration = _calibration(task.calibration)
     if task.mutant:
         mutant = mutant_of(task)
-        report = planted(mutant, calibration)
+        report = ladder.climb(trial.compared(mutant, calibration))
         wrong = misplaced(mutant, report)
     else:
         report, wrong = compared(task, calibration), ""
@@ -119,15 +118,6 @@ def compared(task: Task, calibration: Calibration) -> Report:
         models.write(models.MODELS[task.model], folder, task.dtype, SEED, task.kind)
         subject.import_folder(folder, checkpoint)
         return subject.compare(checkpoint, folder, task.dtype, calibration, seed=SEED)
-
-
-def planted(mutant: Mutant, calibration: Calibration) -> Report:
-    """The ladder for a model with a fault."""
-    true = trial.subject(mutant.model, mutant.dtype)
-    candidate = true.candidate
-    for fault in mutant.faults:
-        candidate = fault.plant(candidate)
-    return ladder.climb(Comparison(candidate, true.reference, None, true.folder, calibration, mutants.SEED))
 
 
 def misplaced(mutant: Mutant, report: Report) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import InputError
-from oracle import clean, ladder, training_probe
+from oracle import clean, ladder, noise, training_probe
 from oracle.__main__ import main
 from oracle.comparison import Comparison
 from oracle.faults import CATALOGUE, FAULTS, HELD_OUT, figures, matrix, mutants, trial
@@ -119,9 +119,8 @@ SAMPLE = (
 
 def located(fault: str, model: str = "gpt2", dtype: str = "float32") -> tuple[Mutant, dict[str, Any]]:
     mutant = Mutant((named(fault),), model, dtype)
-    true = trial.subject(model, dtype)
     rungs = ("bits", "operators", "forward", "decode")
-    found = ladder.climb(trial.compared(true, mutant.faults[0].plant(true.candidate)), rungs=rungs)
+    found = ladder.climb(trial.compared(mutant, noise.stored_calibration()), rungs=rungs)
     return mutant, trial.judged(mutant, found)
 
 

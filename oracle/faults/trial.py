@@ -22,6 +22,7 @@ from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.faults.mutants import CONFIGS, SEED, WITH_TEXT, Key, Mutant, config_of, of
 from oracle.faults.tables.text import is_bpe
+from oracle.noise import Calibration
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Cause, Report
 from oracle.text import Text
@@ -71,10 +72,14 @@ def _with_text(candidate: Candidate, folder: Path, directory: Path) -> Candidate
     return replace(candidate, text=Text.of(loaded), real_ids=tokenizer.vocab_size)
 
 
-def compared(true: Subject, candidate: Candidate) -> Comparison:
-    """A candidate beside the true model's folder. A text side's folder is the product's export as well."""
+def compared(mutant: Mutant, calibration: Calibration) -> Comparison:
+    """A mutant beside the true model's folder. A text side's folder is the product's export as well."""
+    true = subject(mutant.model, mutant.dtype)
+    candidate = true.candidate
+    for fault in mutant.faults:
+        candidate = fault.plant(candidate)
     export = true.folder if candidate.text else None
-    return Comparison(candidate, true.reference, export, true.folder, noise.stored_calibration(), SEED)
+    return Comparison(candidate, true.reference, export, true.folder, calibration, SEED)
 
 
 def bisected(mutant: Mutant) -> Report:
@@ -83,11 +88,7 @@ def bisected(mutant: Mutant) -> Report:
     The ladder is climbed to where the mutant shows; causes are then proved there and
     by the rung behind.
     """
-    true = subject(mutant.model, mutant.dtype)
-    candidate = true.candidate
-    for fault in mutant.faults:
-        candidate = fault.plant(candidate)
-    comparison = compared(true, candidate)
+    comparison = compared(mutant, noise.stored_calibration())
     found = ladder.climb(comparison)
     if found.verdict == "pass":
         return found
