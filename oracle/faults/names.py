@@ -94,7 +94,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "the tied head is scaled by 1 / sqrt(D)": ("output multiplied by a constant",),
     "the logits are scaled": ("output multiplied by a constant",),
     "the logits are soft-capped": ("logits soft-capped",),
-    "the exact GELU instead of the tanh approximation": ("activation is exact GELU (erf)",),
+    "the exact GELU instead of the tanh approximation": (
+        "activation is exact GELU (erf)",
+        "config field hidden_act differs from the folder's",
+    ),
     "the tanh approximation instead of the exact GELU": ("activation is tanh GELU",),
     "x sigmoid(1.702 x) instead of GELU": ("activation is quick GELU",),
     "SiLU instead of GELU": ("activation is SiLU",),
@@ -109,7 +112,11 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "the stream is not added to the branch": ("residual stream dropped",),
     "the branch is scaled before it is added": ("residual branch scaled",),
     "the residual stream is rounded to float16": ("computed in float16",),
-    "the model has another number of heads": ("number of heads wrong",),
+    "the model has another number of heads": (
+        "number of heads wrong",
+        "config field num_attention_heads differs from the folder's",
+        "config field head_dim differs from the folder's",
+    ),
     "heads are split without transposing time and heads": ("heads and time not exchanged",),
     "heads are merged without transposing time and heads": ("heads and time not exchanged",),
     "the width of the heads is split as (H, N)": ("heads split or merged dimension by dimension",),
@@ -144,6 +151,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "softmax is computed in float16": ("computed in float16",),
     "softmax runs over queries": ("softmax over the wrong axis",),
     "softmax runs over heads": ("softmax over the wrong axis",),
+    # As a function it is the true sum with the weights' two axes exchanged.
+    "the weighted sum runs over queries instead of keys": ("queries and keys exchanged",),
     "one is added to softmax's denominator": ("softmax with one more in its denominator",),
     # Wiring
     "norms come after the residuals": ("norm bypassed", *OTHER_READS),
