@@ -308,7 +308,7 @@ FAULTS: Mapping[str, tuple[Callable[[Text], Mapping[str, Any]], str, str]] = {
     "contents trimmed": (contents(str.strip), "text.template", "template trims content"),
     "mask one later": (masked(lambda m: [0, *m[:-1]]), "text.mask", "conversation mask off by one"),
     "mask one earlier": (masked(lambda m: [*m[1:], 0]), "text.mask", "conversation mask off by one"),
-    "end not trained": (masked(without_end), "text.mask", "conversation mask off by one"),
+    "end not trained": (masked(without_end), "text.mask", "the end of a reply not trained"),
     "prefix trained": (masked(with_prefix), "text.mask", "conversation mask off by one"),
     "BOS twice": (
         lambda t: {"prompt": lambda now, s: [50256, 50256, *t.encode(s)]}, "text.bos", "BOS doubled",

@@ -68,8 +68,27 @@ def spellings(reference: TextReference, encode: Encode) -> Iterator[tuple[str, E
         found = (vocabulary.get(f"{byte:02x}") for byte in text.encode())
         return [id for given in found for id in (no_byte if given is None else [given])]
 
+    byte_of = {vocabulary[name]: byte for name, byte in _alphabet().items() if name in vocabulary}
+
+    def by_value(text: str) -> list[int]:
+        found = pieces(text) if pieces else [text]
+        return [byte_of.get(token.id, int(token.id)) for piece in found for token in bpe.tokenize(_spelled(piece))]
+
+    yield "its bytes numbered by their values", by_value
     yield "its byte-level names taken for plain characters", raw
     yield "its bytes looked up as two hexadecimal digits", as_hex
+
+
+def _alphabet() -> dict[str, int]:
+    """GPT-2's names of bytes: printable ones stand for themselves, the others for code points from 256 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+def _spelled(piece: str) -> str:
+    name_of = {byte: name for name, byte in _alphabet().items()}
+    return "".join(name_of[byte] for byte in piece.encode())
 
 
 def _only(encode: Encode, unknown: Sequence[str]) -> list[int]:

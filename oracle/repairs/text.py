@@ -1,12 +1,13 @@
-"""Repairs of a text side, measured on exact ids."""
+"""Repairs of ids: special tokens, the vocabulary, what goes before a text, and where a reply ends."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxgpt.chat import Message, Rendered
 from jaxgpt.tokenizer import END, END_OF_TEXT
-from oracle import text_probe
+from oracle import text_probe, text_reference
 from oracle.repairs import pre_tokenizers
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import ids
@@ -15,10 +16,10 @@ from oracle.site import Site
 from oracle.text import Text
 
 Encode = Callable[[str], list[int]]
-Render = Callable[[Text, Sequence[Message]], Rendered]
 
 
-def _at(site: Site, *taps: str) -> TextSite | None:
+def claim(site: Site, *taps: str) -> TextSite | None:
+    """The site, if its claim is one of these and no exception."""
     assert isinstance(site, TextSite)
     # What raises an exception has no ids that a change of ids could set right.
     return site if site.finding.tap in taps and ids.RAISED not in site.finding.problem else None
@@ -29,12 +30,14 @@ def _at(site: Site, *taps: str) -> TextSite | None:
 
 def shifted(site: Site) -> Iterator[Variant]:
     """All special ids, or all that were added to the vocabulary, so much lower."""
-    at = _at(site, ids.SPECIALS, ids.PARSE, ids.TEMPLATE)
+    at = claim(site, ids.SPECIALS, ids.PARSE, ids.TEMPLATE)
     if at is None:
         return
     added = {name for name, special in at.walk.specials.items() if special.id >= at.text.saved["base_vocab_size"]}
     for by in _shifts(at):
-        for names, which in ((set(at.text.specials), "all special ids"), (added, "the added special ids")):
+        wrong = {name for name, special in at.text.specials.items() if special.id != at.walk.strings.get(special.text)}
+        groups = {"all special ids": set(at.text.specials), "the added special ids": added, "those that differ": wrong}
+        for which, names in groups.items():
             change = f"with {which} {abs(by)} {'lower' if by > 0 else 'higher'}"
             if at.finding.tap == ids.SPECIALS:
                 yield Variant(change, at.changed(**_moved(at.text, names, by)))
@@ -112,7 +115,7 @@ def _moved_answers(at: TextSite, wrong: set[int], by: int) -> Any:
 
 def exchanged(site: Site) -> Iterator[Variant]:
     """The saved ids for the names that have them in another order."""
-    at = _at(site, ids.SPECIALS)
+    at = claim(site, ids.SPECIALS)
     if at is None:
         return
     ours, saved = at.text.specials, at.walk.specials
@@ -126,7 +129,7 @@ def exchanged(site: Site) -> Iterator[Variant]:
 
 def escaped(site: Site) -> Iterator[Variant]:
     """What looks like a special token cut where the pre-tokenizer cuts it, and encoded piece by piece."""
-    at = _at(site, ids.USER)
+    at = claim(site, ids.USER)
     if at is None or at.walk.reference.pieces is None:
         return
     encode, cut, strings = at.text.encode, at.walk.reference.pieces, list(at.walk.strings)
@@ -139,26 +142,9 @@ def escaped(site: Site) -> Iterator[Variant]:
     yield Variant("with the special strings in it cut to pieces", at.changed(encode=apart))
 
 
-def ordinary_contents(site: Site) -> Iterator[Variant]:
-    """Contents that hold special strings encoded as ordinary text, between what the renderer puts around them."""
-    at = _at(site, ids.TEMPLATE)
-    if at is not None and at.finding.where == text_probe.TYPED:
-        strings = list(at.walk.strings)
-        render = _framing(at.text.render, lambda content: any(string in content for string in strings))
-        yield Variant("with contents encoded as ordinary text", at.changed(render=render))
-
-
-def whole_contents(site: Site) -> Iterator[Variant]:
-    """Contents with spaces around them put in whole."""
-    at = _at(site, ids.TEMPLATE)
-    if at is not None and at.finding.where == text_probe.SPACES:
-        render = _framing(at.text.render, lambda content: content != content.strip())
-        yield Variant("with the spaces around the contents kept", at.changed(render=render))
-
-
 def longer_first(site: Site) -> Iterator[Variant]:
     """Special tokens that begin with another one recognised before anything else is looked at."""
-    at = _at(site, ids.PARSE)
+    at = claim(site, ids.PARSE)
     if at is None:
         return
     names = at.walk.strings
@@ -176,9 +162,58 @@ def longer_first(site: Site) -> Iterator[Variant]:
         yield Variant("with the longer of two that begin alike taken first", at.changed(parse=first))
 
 
+def misread_specials(site: Site) -> Iterator[Variant]:
+    """Undone wherever the text is answered as if a beginning of a special token were the whole."""
+    at = claim(site, ids.PARSE)
+    if at is None:
+        return
+    names, encode, parse = at.walk.strings, at.text.encode, at.text.parse
+    groups = [[name] for name in names] if len(names) > 1 else []
+    for chosen in (list(names), *groups):
+        for cut in range(1, 4):
+            shorter = {name[:-cut]: names[name] for name in chosen if len(name) > cut + 1}
+
+            def wrong(text: str, taken: Any = shorter) -> list[int]:
+                return text_reference.longest_match(text, {**taken, **names}, encode)
+
+            def only(text: str, taken: Any = shorter) -> list[int]:
+                rest = {name: id for name, id in names.items() if id not in taken.values()}
+                return text_reference.longest_match(text, {**rest, **taken}, encode)
+
+            for mistake in (wrong, only):
+                change = f"with special tokens recognised without their last {cut} characters no more"
+                yield Variant(change, at.changed(parse=_unless_parsed(parse, mistake, at.walk.parsed)))
+
+
+def swallowed_spaces(site: Site) -> Iterator[Variant]:
+    """Undone wherever spaces beside special tokens are missing."""
+    at = claim(site, ids.PARSE)
+    if at is None:
+        return
+    names, encode, parse = at.walk.strings, at.text.encode, at.text.parse
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    for space in (r"\s*", " *", " ?"):
+        for before, after, which in (("", space, "after"), (space, "", "before"), (space, space, "around")):
+            swallow = re.compile(f"{before}({pattern}){after}")
+
+            def wrong(text: str, swallow: re.Pattern[str] = swallow) -> list[int]:
+                return text_reference.longest_match(swallow.sub(r"\1", text), names, encode)
+
+            change = f"with the spaces {which} special tokens kept"
+            yield Variant(change, at.changed(parse=_unless_parsed(parse, wrong, at.walk.parsed)))
+
+
+def _unless_parsed(parse: Any, wrong: Encode, right: Encode) -> Any:
+    def undone(now: Text, text: str) -> list[int]:
+        given = parse(now, text)
+        return right(text) if given == wrong(text) else given
+
+    return undone
+
+
 def cut_first(site: Site) -> Iterator[Variant]:
     """The text cut by the reference's pre-tokenizer, and each piece given to the candidate."""
-    at = _at(site, ids.ENCODE)
+    at = claim(site, ids.ENCODE)
     if at is None or at.text.saved["kind"] == "char":
         return
     encode, reference = at.text.encode, at.walk.reference
@@ -191,122 +226,38 @@ def cut_first(site: Site) -> Iterator[Variant]:
     if reference.vocabulary:
         for name, other in pre_tokenizers.others(reference):
             change = f"wherever it answers as the reference does with another pre-tokenizer ({name}), that one's undone"
-            yield Variant(change, at.changed(encode=_unless(encode, other, reference.encode)))
+            yield from mistaken(at, change, other)
 
 
 def spelled(site: Site) -> Iterator[Variant]:
     """Undone wherever the candidate answers as the reference's vocabulary does, read as one of another kind."""
-    at = _at(site, ids.ENCODE)
+    at = claim(site, ids.ENCODE)
     if at is None or not at.walk.reference.vocabulary:
         return
     encode, reference = at.text.encode, at.walk.reference
     for name, other in pre_tokenizers.spellings(reference, encode):
-        yield Variant(f"with {name} undone", at.changed(encode=_unless(encode, other, reference.encode)))
+        yield from mistaken(at, f"with {name} undone", other)
 
 
-def _unless(encode: Encode, wrong: Encode, right: Encode) -> Encode:
-    """The candidate's own ids, but where they are exactly those that a certain mistake makes."""
+def mistaken(at: TextSite, change: str, wrong: Encode) -> Iterator[Variant]:
+    """The candidate's own ids, but where they are exactly those that a certain mistake makes.
+
+    None where already the first text that differs is answered otherwise.
+    """
+    encode, right, first = at.text.encode, at.walk.reference.encode, at.once(_first_wrong)
+    if first is None or encode(first) != wrong(first):
+        return
 
     def undone(text: str) -> list[int]:
         given = encode(text)
         return right(text) if given == wrong(text) else given
 
-    return undone
+    yield Variant(change, at.changed(encode=undone))
 
 
-# -- Around the contents ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What a renderer puts around one message's content."""
-
-    prefix: list[int]
-    suffix: list[int]
-    before: list[int]
-    """The mask of the prefix."""
-    content: int
-    """That of the content."""
-    after: list[int]
-
-
-def _frame(render: Render, text: Text, role: str) -> _Frame:
-    """Found from the renderings of an empty content and of a letter."""
-    empty = render(text, [Message(role=role, content="")])
-    letter = render(text, [Message(role=role, content="x")])
-    width = len(text.encode("x"))
-    start = next((i for i, (a, b) in enumerate(zip(empty.ids, letter.ids, strict=False)) if a != b), len(empty.ids))
-    mask = letter.mask
-    return _Frame(empty.ids[:start], empty.ids[start:], mask[:start], mask[start], mask[start + width :])
-
-
-def _framing(render: Render, wanted: Callable[[str], bool]) -> Render:
-    """A renderer that puts certain contents, encoded as ordinary text, into the frames of another."""
-
-    def framing(now: Text, messages: Sequence[Message]) -> Rendered:
-        found, mask = list[int](), list[int]()
-        for message in messages:
-            if wanted(message["content"]):
-                frame, content = _frame(render, now, message["role"]), now.encode(message["content"])
-                found += frame.prefix + content + frame.suffix
-                mask += frame.before + [frame.content] * len(content) + frame.after
-            else:
-                made = render(now, [message])
-                found, mask = found + made.ids, mask + made.mask
-        return Rendered(found, mask)
-
-    return framing
-
-
-def moved_mask(site: Site) -> Iterator[Variant]:
-    """The mask one place to the left or right, or the trained stretches one shorter or longer at one end."""
-    at = _at(site, ids.MASK)
-    if at is None:
-        return
-    template, render = at.text.saved_template, at.text.render
-    assert template is not None
-    trained = template["trained_role"]
-    changes: Mapping[str, Callable[[Text, Rendered, Sequence[Message]], list[int]]] = {
-        "one place earlier": lambda _, made, m: [*made.mask[1:], _last(at, made, m[-1]["role"] == trained)],
-        "one place later": lambda _, made, __: [0, *made.mask[:-1]],
-        "without the first of each stretch": lambda _, made, __: _shorter(made.mask, first=True),
-        "without the last of each stretch": lambda _, made, __: _shorter(made.mask, first=False),
-        "with the token after each reply": lambda now, made, m: _longer(render, now, made.mask, m, trained, after=True),
-        "with the first token of each reply": lambda now, made, m: _longer(
-            render, now, made.mask, m, trained, after=False
-        ),
-    }
-    for name, change in changes.items():
-
-        def masked(now: Text, messages: Sequence[Message], change: Any = change) -> Rendered:
-            made = render(now, messages)
-            return Rendered(made.ids, change(now, made, messages))
-
-        yield Variant(f"with the mask {name}", at.changed(render=masked))
-
-
-def _last(at: TextSite, made: Rendered, trained: bool) -> int:
-    """What a mask that was pushed over the end has lost: an end token that was trained."""
-    ends = {at.walk.specials[name].id for name in (END_OF_TEXT, END) if name in at.walk.specials}
-    return int(trained and made.ids[-1] in ends)
-
-
-def _shorter(mask: Sequence[int], *, first: bool) -> list[int]:
-    beside = [0, *mask[:-1]] if first else [*mask[1:], 0]
-    return [int(on and other) for on, other in zip(mask, beside, strict=True)]
-
-
-def _longer(
-    render: Render, now: Text, mask: Sequence[int], messages: Sequence[Message], trained: str, *, after: bool
-) -> list[int]:
-    """The mask with one more token of every reply, found where each message ends when it is rendered alone."""
-    longer, place = list(mask), 0
-    for message in messages:
-        if message["role"] == trained:
-            prefix = len(_frame(render, now, trained).prefix)
-            longer[place + prefix + (len(now.encode(message["content"])) if after else 0)] = 1
-        place += len(render(now, [message]).ids)
-    return longer
+def _first_wrong(at: TextSite) -> str | None:
+    encode, right = at.text.encode, at.walk.reference.encode
+    return next((text for text in text_probe.texts(at.comparison.seed) if encode(text) != right(text)), None)
 
 
 # -- Before and after ------------------------------------------------------------------
@@ -323,7 +274,7 @@ def bos_added(site: Site) -> Iterator[Variant]:
 
 
 def _without_bos(site: Site, applies: Callable[[int, int], bool]) -> Iterator[Variant]:
-    at = _at(site, ids.BOS)
+    at = claim(site, ids.BOS)
     if at is None:
         return
     prompt, special = at.text.prompt, set(at.walk.strings.values())
@@ -345,7 +296,7 @@ def _leading(given: Sequence[int], special: set[int]) -> int:
 
 def bos_missing(site: Site) -> Iterator[Variant]:
     """With each special token put before a text."""
-    at = _at(site, ids.BOS)
+    at = claim(site, ids.BOS)
     if at is None:
         return
     prompt = at.text.prompt
@@ -358,9 +309,29 @@ def bos_missing(site: Site) -> Iterator[Variant]:
         yield Variant(f"with {special.text} before a text", at.changed(prompt=more))
 
 
+def empty_prompt(site: Site) -> Iterator[Variant]:
+    """With the end of text as the one token that an empty text starts after."""
+    at = claim(site, ids.BOS)
+    if at is None or END_OF_TEXT not in at.text.specials or at.text.prompt(at.text, ""):
+        return
+    prompt, start = at.text.prompt, at.text.specials[END_OF_TEXT]
+    change = f"with {start.text} for an empty text"
+    yield Variant(change, at.changed(prompt=lambda now, string: prompt(now, string) or [start.id]))
+
+
+def fewer_stops(site: Site) -> Iterator[Variant]:
+    """Without the stop ids that end neither a text nor a turn."""
+    at = claim(site, ids.STOPS)
+    if at is None or not set(at.walk.expected_stops) < set(at.text.stop_ids):
+        return
+    surplus = sorted(set(at.text.stop_ids) - set(at.walk.expected_stops))
+    stops = tuple(id for id in at.text.stop_ids if id not in surplus)
+    yield Variant(f"without {', '.join(map(str, surplus))} as stop id", at.changed(stop_ids=stops))
+
+
 def more_stops(site: Site) -> Iterator[Variant]:
     """With the tokens that end a text or a turn among the stop ids."""
-    at = _at(site, ids.STOPS)
+    at = claim(site, ids.STOPS)
     if at is None:
         return
     ends = [at.text.specials[name] for name in (END_OF_TEXT, END) if name in at.text.specials]
@@ -389,16 +360,22 @@ REPAIRS: tuple[Repair, ...] = (
         escaped,
     ),
     Repair(
-        "user text read as special tokens",
-        f"encode contents apart from the template, with encode(text) ({_CHAT}, render)",
-        _RUNGS,
-        ordinary_contents,
-    ),
-    Repair(
         "prefix-matching special",
         f"try special tokens longest first ({_TOKENIZER}, the marker's pattern)",
         _RUNGS,
         longer_first,
+    ),
+    Repair(
+        "prefix-matching special",
+        f"recognise a special token by its whole string only ({_TOKENIZER}, the marker's pattern)",
+        _RUNGS,
+        misread_specials,
+    ),
+    Repair(
+        "special token swallows spaces",
+        f"leave the text beside a special token as it is: no lstrip, no rstrip ({_TOKENIZER})",
+        _RUNGS,
+        swallowed_spaces,
     ),
     Repair(
         "wrong pre-tokenizer regex",
@@ -412,17 +389,17 @@ REPAIRS: tuple[Repair, ...] = (
         _RUNGS,
         spelled,
     ),
-    Repair("template trims content", f"render contents as they are ({_CHAT}, render)", _RUNGS, whole_contents),
-    Repair(
-        "conversation mask off by one",
-        f"train the content and the end token after it, nothing else ({_CHAT}, render)",
-        _RUNGS,
-        moved_mask,
-    ),
     Repair("BOS doubled", "put BOS in front once, in one place (jaxgpt/lm.py, encode)", _RUNGS, bos_doubled),
     Repair("BOS added", "the tokenizer puts no BOS before a text (jaxgpt/lm.py, encode)", _RUNGS, bos_added),
     Repair("BOS missing", "put BOS in front, as add_bos_token says (jaxgpt/lm.py, encode)", _RUNGS, bos_missing),
     Repair("stop id missing", "stop at every id that ends a text or a turn (jaxgpt/lm.py)", _RUNGS, more_stops),
+    Repair("stop id too many", "stop at the ids that end a text or a turn only (jaxgpt/lm.py)", _RUNGS, fewer_stops),
+    Repair(
+        "empty prompt without a first token",
+        "an empty prompt starts after an end of text (jaxgpt/lm.py, encode)",
+        _RUNGS,
+        empty_prompt,
+    ),
     Repair(
         "special ids in another order",
         f"take special ids from the checkpoint's tokenizer_state.json by name ({_TOKENIZER})",
