@@ -140,6 +140,32 @@ def test_bf16_bits_read_as_fp16_are_turned_back_bit_for_bit(model: Callable[...,
     assert cast.name == "bf16 bits read as fp16", "also where the cast to bfloat16 lost bits"
 
 
+@pytest.mark.parametrize("leaf", ["kernel", "bias"])
+def test_a_tensor_of_another_dtype_than_its_neighbours_is_judged(leaf: str, model: Callable[..., Model]):
+    true, at = model("gpt2", "bfloat16"), f"layers.0.attn.q.{leaf}"
+    (read,) = true.causes(true.planted(on(at, lambda a: a.view(np.float16))))
+    assert (read.name, read.proved) == ("bf16 bits read as fp16", True)
+
+    def damaged(array: np.ndarray) -> np.ndarray:
+        narrow = array.astype(np.float16)
+        narrow[..., 1] = np.nan
+        return narrow
+
+    (found,) = true.causes(true.planted(on(at, damaged)))
+    assert (found.name, found.proved) == ("NaN or infinite values", True)
+
+
+def test_a_kernel_that_does_not_fit_is_named_though_the_model_does_not_run(model: Callable[..., Model]):
+    true = model("llama")
+    wrong = true.comparison(true.planted(on(UP, np.transpose)))
+    report = diagnosis.bisect(wrong, rungs=("environment", "bits", "operators"))
+    assert [(cause.name, cause.proved) for cause in report.causes] == [("kernel transposed", True)]
+    assert report.rungs[0].verdict == "pass"
+    assert "the candidate does not run (the forward cannot run: " in report.rungs[0].summary
+    assert report.repaired is not None
+    assert report.repaired.verdict == "pass"
+
+
 def test_equivalent_names_are_a_tie(model: Callable[..., Model]):
     gpt2, llama = model("gpt2"), model("llama")
     (order,) = gpt2.causes(gpt2.planted(CASES["qkv parts"][1]))

@@ -33,10 +33,18 @@ def epsilon(*arrays: np.ndarray) -> float:
     return max({2: 2.0**-8 if a.dtype.name == "bfloat16" else 2.0**-11}.get(a.dtype.itemsize, 2.0**-24) for a in arrays)
 
 
+def unequal(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Where the values differ, whatever the dtypes are: float16 and bfloat16 cannot be compared as they are."""
+    if ours.dtype == theirs.dtype:
+        return ours != theirs
+    with np.errstate(invalid="ignore", over="ignore"):
+        return ours.astype(np.float32) != theirs.astype(np.float32)
+
+
 def not_finite(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
     """NaN or infinity at some places, everything else as in the file."""
     finite = is_finite(ours)
-    if finite.all() or not finite.any() or not equal(np.where(finite, ours, theirs), theirs):
+    if finite.all() or not finite.any() or (unequal(ours, theirs) & finite).any():
         return None
     return Look("NaN or infinite values", f"with the file's {int((~finite).sum()):,} values there")
 
@@ -83,8 +91,7 @@ def shifted(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look |
 
 def few_elements(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
     """So few that nothing but damage explains them."""
-    unequal = ours != theirs
-    count = int(unequal.sum())
+    count = int(unequal(ours, theirs).sum())
     if not 0 < count <= max(FEW, ours.size // THOUSANDTH) or count * 4 > ours.size:
         return None
     return Look("a few elements corrupted", f"with the file's values of the {count:,} elements that differ")
@@ -92,10 +99,10 @@ def few_elements(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> L
 
 def zeroed(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
     """Pruned or masked: zero wherever it differs."""
-    unequal = ours != theirs
-    if not unequal.any() or ours[unequal].any():
+    wrong = unequal(ours, theirs)
+    if not wrong.any() or ours[wrong].any():
         return None
-    count = int(unequal.sum())
+    count = int(wrong.sum())
     return Look("some elements zeroed", f"with the file's values of the {count:,} of {ours.size:,} elements that are 0")
 
 

@@ -205,11 +205,13 @@ def packed(site: ParameterSite) -> Iterator[Variant]:
     names = [f"{site.finding.tap[:-1]}{part}.{site.finding.op}" for part in "qkv"]
     if not all(name in site.candidate.stored and name in site.file for name in names):
         return
-    stored = [np.asarray(site.candidate.stored[name]) for name in names]
-    if any(array.shape[:-1] != site.file[name].shape[:-1] for array, name in zip(stored, names, strict=True)):
+    stored, given = ([np.asarray(tensors[name]) for name in names] for tensors in (site.candidate.stored, site.file))
+    if any(a.shape[:-1] != b.shape[:-1] for a, b in zip(stored, given, strict=True)):
         return
-    ours = np.concatenate(stored, axis=-1)
-    theirs = np.concatenate([site.file[name] for name in names], axis=-1)
+    # What comes out of one matrix has one dtype.
+    if any(len({array.dtype for array in arrays}) > 1 for arrays in (stored, given)):
+        return
+    ours, theirs = (np.concatenate(arrays, axis=-1) for arrays in (stored, given))
     fused = any(p.name == site.name and p.part is not None for p in weights.parameters(site.candidate.config))
     for change, index in _packings(site.candidate.config, fused):
         for back in (np.argsort(index), index):

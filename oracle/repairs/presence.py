@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from oracle.repairs.differences import unequal
 from oracle.repairs.parameter_repair import Undo, both, changed, repair
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import bits
@@ -136,10 +137,10 @@ def _changed_from(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> 
     of the rows at most, and begins at the first id that is none, where that is known."""
     if ours.shape != theirs.shape or ours.ndim != 2:
         return None
-    unequal = (ours != theirs).mean(axis=1)
-    start = int(np.argmax(unequal > 0))
+    share = unequal(ours, theirs).mean(axis=1)
+    start = int(np.argmax(share > 0))
     real = site.candidate.real_ids
-    if start * 4 < len(ours) * 3 or float(unequal[start:].min()) < 0.5 or (real is not None and start < real):
+    if start * 4 < len(ours) * 3 or float(share[start:].min()) < 0.5 or (real is not None and start < real):
         return None
     return start
 

@@ -2,11 +2,13 @@
 
 Noise that was calibrated with these versions on this backend, full-precision matrix
 products on both sides, no dropout, and each side repeats itself bit for bit;
-otherwise every further answer would be inconclusive.
+otherwise every further answer would be inconclusive. A candidate that does not run at
+all is left to the rungs behind, which say what does not fit.
 """
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from oracle import noise
-from oracle.candidate import Candidate
+from oracle.candidate import Candidate, Unrunnable
 from oracle.noise import Calibration
 from oracle.probe import Probe
 from oracle.reference import Reference
@@ -26,8 +28,14 @@ NAME = "environment"
 def run(candidate: Candidate, reference: Reference, probe: Probe, calibration: Calibration) -> RungResult:
     """No findings: the rung passes or is inconclusive."""
     stale = noise.staleness(calibration.environment, versions())
-    problems = [stale] if stale else [*precision_problems(), *_repetition_problems(candidate, reference, probe)]
-    summary = "noise calibrated here, matrix products at full precision, dropout off, both sides repeat bit for bit"
+    problems = [stale] if stale else [*precision_problems(), *_reference_problems(reference, probe)]
+    repeats = "both sides repeat bit for bit"
+    if not stale:
+        try:
+            problems += _candidate_problems(candidate, probe)
+        except Unrunnable as reason:
+            repeats = f"the reference repeats bit for bit, the candidate does not run ({reason})"
+    summary = f"noise calibrated here, matrix products at full precision, dropout off, {repeats}"
     return RungResult(NAME, [], problems[0] if problems else summary, inconclusive="; ".join(problems))
 
 
@@ -45,21 +53,22 @@ def precision_problems() -> list[str]:
     return problems
 
 
-def _repetition_problems(candidate: Candidate, reference: Reference, probe: Probe) -> list[str]:
-    def ours() -> np.ndarray:
-        return np.asarray(candidate.forward(probe.ids, probe.positions, probe.segments)["logits"])
-
-    def theirs() -> np.ndarray:
-        return reference.peer.logits(probe.ids)
-
-    problems: list[str] = []
-    if reference.in_training_mode:
-        problems.append("the reference is in training mode: dropout is on")
-    if not np.array_equal(ours(), ours(), equal_nan=True):
-        problems.append("the candidate does not repeat itself bit for bit")
-    if not np.array_equal(theirs(), theirs(), equal_nan=True):
+def _reference_problems(reference: Reference, probe: Probe) -> list[str]:
+    problems = ["the reference is in training mode: dropout is on"] if reference.in_training_mode else []
+    if not _repeats(lambda: reference.peer.logits(probe.ids)):
         problems.append("the reference does not repeat itself bit for bit")
     return problems
+
+
+def _candidate_problems(candidate: Candidate, probe: Probe) -> list[str]:
+    def logits() -> np.ndarray:
+        return np.asarray(candidate.forward(probe.ids, probe.positions, probe.segments)["logits"])
+
+    return [] if _repeats(logits) else ["the candidate does not repeat itself bit for bit"]
+
+
+def _repeats(logits: Callable[[], np.ndarray]) -> bool:
+    return np.array_equal(logits(), logits(), equal_nan=True)
 
 
 def versions() -> dict[str, Any]:
