@@ -54,10 +54,7 @@ def _reason(fault: Fault, comparison: "Comparison", rungs: Sequence[str], text: 
         return text.get("") or text.get(fault.name, "")
     if fault.rung == "bits" and comparison.source is None:
         return NO_SOURCE
-    if not fault.applies(config):
-        needed = (fault.applies.__doc__ or "").partition("\n")[0].rstrip(".")
-        return f"exists only where {needed[:1].lower()}{needed[1:]}"
-    return fault.equivalent(config, dtype) if dtype in fault.dtypes else f"exists only in {' and '.join(fault.dtypes)}"
+    return fault.absent(config, dtype)
 
 
 # -- Text ------------------------------------------------------------------------------

@@ -55,6 +55,17 @@ class Fault:
         """Unique in the catalogue."""
         return f"{self.name} ({self.place})" if self.place else self.name
 
+    def absent(self, config: ModelConfig, dtype: str) -> str:
+        """Why the mistake does not exist, or changes nothing, in a model; empty where it would show."""
+        if dtype not in self.dtypes:
+            return f"exists only in {' and '.join(self.dtypes)}"
+        if not self.applies(config):
+            needed = (self.applies.__doc__ or "").partition("\n")[0].rstrip(".")
+            # "Positions are …", but "RoPE is …"
+            begin = needed[:1] if needed[1:2].isupper() or needed.startswith("RoPE") else needed[:1].lower()
+            return f"exists only where {begin}{needed[1:]}"
+        return self.equivalent(config, dtype)
+
     @property
     def accepted(self) -> frozenset[str]:
         """Every right name of the cause."""

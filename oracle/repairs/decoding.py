@@ -64,18 +64,25 @@ def offset(site: Site) -> Iterator[Variant]:
             )
 
 
-def _conditions(site: DecodeSite) -> Iterator[tuple[str, Callable[[int], bool]]]:
-    """When a step is wrong: in words, and by the number of ids it is given."""
+Condition = Callable[[int, Any], Any]
+"""Which rows of a step are wrong, by the number of ids it is given and the cache's lengths (B,)."""
+
+
+def _conditions(site: DecodeSite) -> Iterator[tuple[str, Condition]]:
+    """When a step is wrong, in words and as a function."""
     if site.last == 0:
-        yield "", lambda width: True
-        yield "in the prefill", lambda width: width > 1
+        yield "", lambda width, lengths: True
+        yield "in the prefill", lambda width, lengths: width > 1
     else:
-        yield "in steps of one token", lambda width: width == 1
+        # A prompt of one token is a prefill as well.
+        yield "in every step after the prefill", lambda width, lengths: (lengths > 0) & (width == 1)
+        yield "in steps of one token", lambda width, lengths: width == 1
 
 
-def _shifted(by: int, condition: Callable[[int], bool]) -> caches.Before:
+def _shifted(by: int, condition: Condition) -> caches.Before:
     def before(cache: KVCache, ids: Any) -> KVCache:
-        return cache._replace(lengths=cache.lengths + by) if condition(ids.shape[1]) else cache
+        wrong = condition(ids.shape[1], cache.lengths)
+        return cache._replace(lengths=jnp.where(wrong, cache.lengths + by, cache.lengths))
 
     return before
 

@@ -48,6 +48,8 @@ def _place(rung: RungResult, found: Finding) -> str:
 
 def lines(report: Report) -> Iterator[str]:
     """The whole report as text."""
+    if "planted" in report.environment:
+        yield f"A fault was planted: {report.environment['planted']}. Nothing here is said of the model as it is."
     yield verdict(report)
     yield ""
     yield from causes(report)
@@ -61,12 +63,18 @@ def lines(report: Report) -> Iterator[str]:
 def _exposure(report: Report) -> Iterator[str]:
     known = len(report.exposed) + len(report.hidden)
     yield f"Could have shown {len(report.exposed)} of {known} known kinds of fault (--html and --json name them all)."
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in report.hidden.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield f"Could not have shown ({reason}): {', '.join(names[:SHOWN])}{more}."
+    counts: dict[str, int] = {}
+    for reason in map(_summarized, report.hidden.values()):
+        counts[reason] = counts.get(reason, 0) + 1
+    if counts:
+        listed = "; ".join(f"{count}, since {reason}" for reason, count in counts.items())
+        yield f"Could not have shown {listed}."
+
+
+def _summarized(reason: str) -> str:
+    if reason.startswith("the rung "):
+        return "their rungs were not reached"
+    return "they exist only in other models" if reason.startswith("exists only") else reason
 
 
 def _further(report: Report) -> Iterator[str]:

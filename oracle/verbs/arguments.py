@@ -29,6 +29,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     add_calibration(parser)
     parser.add_argument("--all", action="store_true", help="go on after the first broken rung")
     parser.add_argument("--seed", type=int, default=0, help="of the probe inputs")
+    parser.add_argument("--plant", metavar="CLASS", help="plant this mistake first, to see what is said of it")
 
 
 def add_ci(parser: argparse.ArgumentParser) -> None:

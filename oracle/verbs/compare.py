@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
 
 from oracle.verbs import arguments as shared
@@ -23,10 +24,12 @@ def run(arguments: argparse.Namespace) -> int:
 def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
     """Compare, and look for the cause if asked to; print and write the report."""
     from oracle import ladder, subject
+    from oracle.faults import planting
     from oracle.reports import page, terminal
     from oracle.reports.outcome import Outcome
 
     start = time.perf_counter()
+    planted = {} if arguments.plant is None else {"plant": planting.planter(arguments.plant)}
     answer = subject.compare(
         arguments.checkpoint,
         arguments.reference,
@@ -36,7 +39,10 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
         seed=arguments.seed,
         diagnose=diagnose,
         progress=shared.progress,
+        **planted,
     )
+    if planted:
+        answer = replace(answer, environment={**answer.environment, "planted": arguments.plant})
     print("\n".join(terminal.lines(answer)), flush=True)
     if arguments.json is not None:
         shared.write_json(arguments.json, answer.to_dict())
