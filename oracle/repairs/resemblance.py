@@ -17,8 +17,13 @@ BLOCKS = (32, 64, 128)
 """Values that share a scale in usual formats."""
 CORNER = 192
 """Rows and columns of a difference whose rank is looked at before the whole's."""
-NEAR = 0.45
-"""Relative distance of a tensor to the same tensor of another revision: a correlation of 0.9 or more."""
+ABOVE, WITHIN = 4, 1.3
+"""In sizes of the rounding: a difference, and what may be left of it without the matrix of low rank. Of random values
+a third of the rank leaves more than half."""
+RELATED = 0.5
+"""Correlation of a tensor with the same tensor of another revision; of unrelated ones it is about 0."""
+ROWS_LEAST = 8
+"""Of a table; in fewer rows a difference is not that of a training."""
 LEAST = 4
 """So many tensors make a revision; fewer were changed by something else."""
 FITS = 3
@@ -120,18 +125,19 @@ def low_rank(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look 
     a, b = _spread(ours), _spread(theirs)
     difference = a - b
     limit = min(64, min(difference.shape) // 3)
-    noise = 2 * epsilon(ours, theirs) * float(np.linalg.norm(np.maximum(np.abs(a), np.abs(b))))
+    noise = _rounding(a)
     dense = float((difference != 0).mean())
-    if limit < 1 or dense < 0.5 or np.linalg.norm(difference) < 10 * noise:
+    if limit < 1 or dense < 0.5 or np.linalg.norm(difference) < ABOVE * noise:
         return None
     # A random projection spans the range of a matrix of that rank (Halko et al. 2011, algorithm 4.1).
     probe = np.random.default_rng(0).standard_normal((difference.shape[1], limit + 4))
     basis, _ = np.linalg.qr(difference @ probe)
     inside = basis.T @ difference
-    if np.linalg.norm(difference - basis @ inside) > noise:
-        return None
+    outside = float(np.square(difference - basis @ inside).sum())
     values = np.linalg.svd(inside, compute_uv=False)
-    rank = int((values > max(noise, 1e-3 * values[0])).sum())
+    # What is left of the difference without its first 0, 1, 2, … singular values.
+    left = np.sqrt(outside + np.append(np.cumsum(np.square(values)[::-1])[::-1], 0.0))
+    rank = int(np.argmax(left <= WITHIN * noise)) if left[-1] <= WITHIN * noise else limit + 1
     along_an_axis = any(np.ptp(difference, axis=axis).max() <= noise for axis in (0, 1))
     if rank > limit or along_an_axis:
         return None
@@ -147,7 +153,18 @@ def _full_rank(ours: np.ndarray, theirs: np.ndarray) -> bool:
     a, b = ours[corner].astype(np.float64), theirs[corner].astype(np.float64)
     values = np.linalg.svd(a - b, compute_uv=False)
     middle = float(values[min(64, len(values) // 3)])
-    return middle > 4 * epsilon(ours, theirs) * max(float(np.linalg.norm(a)), float(np.linalg.norm(b)))
+    return middle > 4 * _rounding(a)
+
+
+def _rounding(values: np.ndarray) -> float:
+    """Size of the rounding of float64 values to the dtype that they have at most."""
+    with np.errstate(over="ignore"):
+        held = {bits: np.array_equal(values.astype(dtype), values) for bits, dtype in ((7, BF16), (10, np.float16))}
+    # A product in float32 was rounded more than once.
+    bits, times = next(((bits, 1) for bits in held if held[bits]), (23, 4))
+    _, exponents = np.frexp(values)
+    spacing = np.where(values == 0, 0.0, np.exp2(exponents - 1.0 - bits))
+    return times * float(np.linalg.norm(spacing)) / 12**0.5
 
 
 def _spread(array: np.ndarray) -> np.ndarray:
@@ -167,9 +184,12 @@ def revision(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look 
         if own is None or other.shape != own.shape or _same_look(other, own):
             continue
         match = next((each for each in arrangements(site, name) if _resembles(other, each)), None)
+        # Biases begin at zero: in a few steps they go far.
+        match = own if match is None and own.ndim == 1 else match
         far += match is None
         values |= {} if match is None else {name: match}
-    if len(values) < LEAST or far > len(values) // 3:
+    matrices = sum(values[name].ndim > 1 for name in values)
+    if matrices < LEAST or far > matrices // 3:
         return None
     return Look("weights of another revision", f"with the file's values of {len(values)} parameters", values)
 
@@ -184,22 +204,26 @@ def _resembles(ours: np.ndarray, theirs: np.ndarray) -> bool:
     if ours.shape != theirs.shape or ours.dtype.itemsize < theirs.dtype.itemsize:
         return False
     few = sampled(ours)  # most pairs are told apart by a glance
-    if _distance(ours[few], theirs[few]) > 2 * NEAR:
+    if _correlation(ours[few], theirs[few]) < RELATED / 2:
         return False
     many = tuple(slice(None, None, max(1, length // 256)) for length in ours.shape)
     a, b = ours[many].astype(np.float64), theirs[many].astype(np.float64)
-    changed = float((a != b).mean())
+    differs = a != b
+    if a.ndim > 1 and (rows := differs.any(axis=1)).sum() > ROWS_LEAST:
+        differs = differs[rows]  # training leaves the rows of ids and positions that it never saw
+    changed = float(differs.mean())
     # In bfloat16 a small step leaves many values where they were.
     most = 0.9 if epsilon(ours, theirs) < 2.0**-20 else 0.3
     # Another revision may have been trained in bfloat16; a quantised tensor is coarser still.
     as_fine = len(np.unique(a)) >= 0.6 * len(np.unique(b.astype(BF16)))
-    return changed > most and 0 < _distance(a, b) < NEAR and as_fine
+    return changed > most and _correlation(a, b) > RELATED and as_fine
 
 
-def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    norm = float(np.linalg.norm(b))
-    return float(np.linalg.norm(a - b)) / norm if norm else float("inf")
+def _correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    a, b = (each.astype(np.float64).ravel() for each in (ours, theirs))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    # About zero, not about the mean: the weights of norms are all near one.
+    return float(a @ b) / norms if norms else 0.0
 
 
 # -- Unrelated -------------------------------------------------------------------------
