@@ -21,6 +21,7 @@ from planted_weights import (
     Fault,
     Q,
     Tensors,
+    exchange,
     fine_tuned,
     fresh,
     heads_moved,
@@ -164,6 +165,33 @@ def test_a_kernel_that_does_not_fit_is_named_though_the_model_does_not_run(model
     assert "the candidate does not run (the forward cannot run: " in report.rungs[0].summary
     assert report.repaired is not None
     assert report.repaired.verdict == "pass"
+
+
+@pytest.mark.parametrize("name", ["gpt2", SQUARE])
+def test_biases_that_changed_places_without_their_kernels_are_named_so(name: str, model: Callable[..., Model]):
+    true = model(name)
+    pairs = [(f"layers.{i}.attn.k.bias", f"layers.{i}.attn.v.bias") for i in range(3)]
+    (found,) = true.causes(true.planted(exchange(*pairs)))
+    assert (found.name, found.proved, list(found.tied)) == ("only biases of query, key and value swapped", True, [])
+    kernels = [(a.replace("bias", "kernel"), b.replace("bias", "kernel")) for a, b in pairs]
+    (whole,) = true.causes(true.planted(exchange(*pairs, *kernels)))
+    assert "query, key and value swapped" in (whole.name, *whole.tied)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.5])
+def test_an_adapter_is_named_behind_the_rounding_to_bfloat16(scale: float, model: Callable[..., Model]):
+    def fault(tensors: Tensors, rng: np.random.Generator) -> Tensors:
+        changed: Tensors = {}
+        for name in (f"layers.{i}.attn.{part}.kernel" for i in range(3) for part in "qv"):
+            kernel = tensors[name].astype(np.float32)
+            thin = rng.standard_normal((len(kernel), 4)) @ rng.standard_normal((4, kernel.shape[1]))
+            merged = kernel + scale * float(np.linalg.norm(kernel) / np.linalg.norm(thin)) * thin
+            changed[name] = rounded(merged.astype(np.float32)).astype(tensors[name].dtype)
+        return changed
+
+    for true in (model("gpt2", "bfloat16"), model("gpt2")):
+        (found,) = true.causes(true.planted(fault))
+        assert (found.name, found.proved) == ("a low-rank change, such as a merged adapter", True)
 
 
 def test_equivalent_names_are_a_tie(model: Callable[..., Model]):

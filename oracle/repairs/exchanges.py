@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from oracle.repairs.layouts import biases_alone
 from oracle.repairs.parameter_repair import Undo, changed, repair
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs.bits import HEAD, ParameterSite, equal
@@ -69,6 +70,16 @@ def _among(*allowed: Sequence[str]) -> Undo:
     return exchanged
 
 
+def _of_heads(biases: bool) -> Undo:
+    """Query, key and value: biases whose kernels are right, or anything else."""
+
+    def undo(site: ParameterSite) -> Iterator[Variant]:
+        if biases_alone(site) == biases:
+            yield from _among(_NAMED[0])(site)
+
+    return undo
+
+
 _NAMED = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("attn_norm", "mlp_norm"))
 
 
@@ -82,7 +93,11 @@ def _others(site: ParameterSite) -> Iterator[Variant]:
 
 
 def _put_back(site: ParameterSite, ring: Sequence[str]) -> Variant:
-    values = {site_of: np.asarray(site.candidate.stored[name]) for name, site_of in _next(ring)}
+    biases = [f"{name.removesuffix('.kernel')}.bias" for name in ring]
+    together = all(site.once(held).get(name) == following for name, following in _next(biases))
+    # Biases that went with their kernels are no mistake of their own.
+    pairs = [*_next(ring), *(_next(biases) if together else ())]
+    values = {site_of: np.asarray(site.candidate.stored[name]) for name, site_of in pairs}
     return changed(site, f"with {' and '.join(name for name in ring)} exchanged", values)
 
 
@@ -176,7 +191,12 @@ EXCHANGES: tuple[Repair, ...] = (
     repair(
         "query, key and value swapped",
         f"which tensor is q, k and v: the rows attn.q, attn.k and attn.v, or their column `part`, {_TABLE}",
-        _among(_NAMED[0]),
+        _of_heads(biases=False),
+    ),
+    repair(
+        "only biases of query, key and value swapped",
+        f"the kernels are right: the rows attn.q.bias, attn.k.bias and attn.v.bias {_TABLE}",
+        _of_heads(biases=True),
     ),
     repair("gate and up swapped", f"the rows mlp.gate and mlp.up {_TABLE}", _among(_NAMED[1])),
     repair("attention and MLP norms swapped", f"the rows attn_norm and mlp_norm {_TABLE}", _among(_NAMED[2])),

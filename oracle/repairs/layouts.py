@@ -198,34 +198,64 @@ def _packings(config: ModelConfig, fused: bool) -> Iterator[tuple[str, np.ndarra
             yield "query, key and value cut in their order", np.concatenate([pieces[cut.index(i)] for i in range(3)])
 
 
+def biases_alone(site: ParameterSite) -> bool:
+    """The bias is wrong and its kernel right: no matrix was cut wrongly."""
+    kernel = f"{site.finding.tap}.kernel"
+    ours, theirs = site.candidate.stored.get(kernel), site.file.get(kernel)
+    return site.finding.op == "bias" and ours is not None and theirs is not None and equal(np.asarray(ours), theirs)
+
+
 def packed(site: ParameterSite) -> Iterator[Variant]:
-    """All three together, their columns back where the fused matrix has them."""
+    """All three together, their columns back where the fused matrix has them; biases with their kernels."""
     if not site.finding.tap.endswith(QKV):
         return
-    names = [f"{site.finding.tap[:-1]}{part}.{site.finding.op}" for part in "qkv"]
-    if not all(name in site.candidate.stored and name in site.file for name in names):
+    found = _fused(site, site.finding.op)
+    if found is None:
         return
+    fused = any(p.name == site.name and p.part is not None for p in weights.parameters(site.candidate.config))
+    for change, index in _packings(site.candidate.config, fused and not biases_alone(site)):
+        for back in (np.argsort(index), index):
+            if _moves(back, *found):
+                others = {leaf: _fused(site, leaf) for leaf in ("kernel", "bias") if leaf != site.finding.op}
+                also = {leaf: pair for leaf, pair in others.items() if pair and _moves(back, *pair)}
+                values: dict[str, np.ndarray] = {}
+                for leaf, (ours, _) in {site.finding.op: found, **also}.items():
+                    values |= _cut(site, leaf, ours.take(back, axis=-1))
+                yield changed(site, f"with {change}", values)
+                return
+
+
+def _fused(site: ParameterSite, leaf: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Query, key and value side by side: ours, and the file's."""
+    names = _parts(site, leaf)
+    if not all(name in site.candidate.stored and name in site.file for name in names):
+        return None
     stored, given = ([np.asarray(tensors[name]) for name in names] for tensors in (site.candidate.stored, site.file))
     if any(a.shape[:-1] != b.shape[:-1] for a, b in zip(stored, given, strict=True)):
-        return
+        return None
     # What comes out of one matrix has one dtype.
     if any(len({array.dtype for array in arrays}) > 1 for arrays in (stored, given)):
-        return
-    ours, theirs = (np.concatenate(arrays, axis=-1) for arrays in (stored, given))
-    fused = any(p.name == site.name and p.part is not None for p in weights.parameters(site.candidate.config))
-    for change, index in _packings(site.candidate.config, fused):
-        for back in (np.argsort(index), index):
-            if ours.shape == theirs.shape and len(back) == ours.shape[-1] and _moves(back, ours, theirs):
-                undone = np.split(ours.take(back, axis=-1), np.cumsum([a.shape[-1] for a in stored])[:-1], axis=-1)
-                yield changed(site, f"with {change}", dict(zip(names, undone, strict=True)))
-                return
+        return None
+    return np.concatenate(stored, axis=-1), np.concatenate(given, axis=-1)
+
+
+def _parts(site: ParameterSite, leaf: str) -> list[str]:
+    return [f"{site.finding.tap[:-1]}{part}.{leaf}" for part in "qkv"]
+
+
+def _cut(site: ParameterSite, leaf: str, fused: np.ndarray) -> dict[str, np.ndarray]:
+    names = _parts(site, leaf)
+    widths = [np.shape(site.candidate.stored[name])[-1] for name in names]
+    return dict(zip(names, np.split(fused, np.cumsum(widths)[:-1], axis=-1), strict=True))
 
 
 def _moves(back: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> bool:
     """The order of columns makes ours theirs, and is one; most are ruled out by the first row."""
     first = slice(None) if ours.ndim == 1 else slice(1)
     return (
-        not np.array_equal(back, np.arange(len(back)))
+        ours.shape == theirs.shape
+        and len(back) == ours.shape[-1]
+        and not np.array_equal(back, np.arange(len(back)))
         and equal(ours[first].take(back, axis=-1), theirs[first])
         and equal(ours.take(back, axis=-1), theirs)
     )

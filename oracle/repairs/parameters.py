@@ -21,7 +21,7 @@ each other; where none fits, the cause stays unknown.
 | 10 | tensor scaled by a constant | one ratio, to the rounding |
 | 11 | weight dequantised from int8 or int4 | on a grid made of the file's own extremes |
 | 12 | values rounded to fewer bits | mantissas end in zeros, within half a step |
-| 13 | a low-rank change, such as a merged adapter | dense difference of rank ≤ 64 and a third of the width |
+| 13 | a low-rank change, such as a merged adapter | dense, beyond the rounding, of rank ≤ 64 and a third of the width |
 | 14 | weights of another revision | in at least four tensors: dense, full-rank, within 0.45 of the size |
 | 15 | tensor left at its random init | uncorrelated, distributed as an initialiser's values |
 """
