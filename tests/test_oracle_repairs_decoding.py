@@ -7,11 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from planted_steps import handing_on, is_step, masked, reading, rewired, rounded, with_values
 
 from jaxgpt import model, taps
 from jaxgpt import ops as true
 from jaxgpt.cache import KVCache
-from jaxgpt.taps import Op, Wiring
+from jaxgpt.taps import Op
 from oracle import diagnosis, models, noise, probe
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
@@ -70,16 +71,6 @@ def names(found: Report) -> list[str]:
 
 
 # -- Wiring ----------------------------------------------------------------------------
-
-
-def reading(tap: str, wanted: str, read: str) -> Callable[[Op], Op]:
-    """The op of `tap` with another input."""
-
-    def change(op: Op) -> Op:
-        inputs = tuple(read if name == wanted else name for name in op.inputs)
-        return dataclasses.replace(op, inputs=inputs) if op.tap == tap else op
-
-    return change
 
 
 def wired(*changes: Callable[[Op], Op]) -> Any:
@@ -204,65 +195,7 @@ def longer(cache: KVCache, by: Any) -> KVCache:
 
 
 def one_further(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, **rest: Any) -> Any:
-    return model.forward_cached(c, p, ids, counts, longer(cache, int(ids.shape[1] == 1)), **rest)
-
-
-def handing_on(change: Callable[..., KVCache]) -> Step:
-    """A step whose cache is changed before it is handed on: `change(new, old, ids)`."""
-
-    def step(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, **rest: Any) -> Any:
-        output, new = model.forward_cached(c, p, ids, counts, cache, **rest)
-        return output, change(new, cache, ids)
-
-    return step
-
-
-def rounded(dtype: Any) -> Callable[..., KVCache]:
-    def change(new: KVCache, old: KVCache, ids: Any) -> KVCache:
-        parts = [tuple(x.astype(dtype).astype(x.dtype) for x in part) for part in (new.keys, new.values)]
-        return new._replace(keys=parts[0], values=parts[1])
-
-    return change
-
-
-def with_values(**changes: Callable[..., Any]) -> Step:
-    """A step with other model inputs: functions of (values, ids, counts)."""
-
-    def step(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, *, replace: Any = model.UNCHANGED) -> Any:
-        values = model.cached_inputs(c, ids, counts, cache)
-        values |= {name: change(values, ids, counts) for name, change in changes.items()}
-        return through(taps.ops(c, Wiring(cached=True)), c, p, values, counts, cache, replace)
-
-    return step
-
-
-def through(table: Any, c: Any, p: Any, values: Any, counts: Any, cache: KVCache, replace: Any) -> Any:
-    values = model.run(c, p, table, values, replace=replace)
-    keys, stored = (
-        tuple(values[f"layers.{i}.attn.{part}"] for i in range(c.num_hidden_layers)) for part in ("keys", "values")
-    )
-    after = KVCache(keys, stored, cache.lengths + counts)
-    return model.Output(values["logits"], {op.tap: values[op.tap] for op in table}), after
-
-
-def keys_before_rope(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, *, replace: Any = model.UNCHANGED) -> Any:
-    table = taps.ops(c, Wiring(cached=True))
-    for i in range(c.num_hidden_layers):
-        table = tuple(
-            map(reading(f"layers.{i}.attn.keys", f"layers.{i}.attn.k_rope", f"layers.{i}.attn.k_heads"), table)
-        )
-    return through(table, c, p, model.cached_inputs(c, ids, counts, cache), counts, cache, replace)
-
-
-def everything_visible(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, *, replace: Any) -> Any:
-    def mask(c: Any, p: Any, slots: Any, keys: Any, *segments: Any) -> Any:
-        return jnp.ones((*slots.shape, len(keys)), bool)[:, None]
-
-    return model.forward_cached(c, p, ids, counts, cache, replace={"attention_mask": mask, **replace})
-
-
-def is_step(ids: Any) -> bool:
-    return ids.shape[1] == 1
+    return model.forward_cached(c, p, ids, counts, longer(cache, int(is_step(ids))), **rest)
 
 
 STEPS: dict[str, tuple[str, Step, tuple[str, str]]] = {
@@ -313,8 +246,8 @@ STEPS: dict[str, tuple[str, Step, tuple[str, str]]] = {
         with_values(slots=lambda v, ids, counts: v["slots"] + is_step(ids)),
         ("mask", "step 1"),
     ),
-    "keys stored before RoPE": ("llama", keys_before_rope, ("layers.0.attn.keys", "prefill")),
-    "padding or unwritten slots visible": ("gpt2", everything_visible, ("mask", "prefill")),
+    "keys stored before RoPE": ("llama", rewired(("keys", "k_rope", "k_heads")), ("layers.0.attn.keys", "prefill")),
+    "padding or unwritten slots visible": ("gpt2", masked(lambda slots, keys: slots > -1), ("mask", "prefill")),
     "earlier cache slots overwritten": (
         "gpt2",
         handing_on(

@@ -15,8 +15,8 @@ from jaxgpt import model
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves, OpFunction
-from jaxgpt.taps import Op, Wiring, ops
-from oracle.repairs import caches, interception, wiring
+from jaxgpt.taps import Op
+from oracle.repairs import caches, interception, step_inputs, step_masks, step_ops, wiring
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import decode
 from oracle.rungs.decode_site import Call, DecodeSite
@@ -97,51 +97,37 @@ def _mask_is_right(site: DecodeSite, call: Call) -> bool:
 # -- What an op was computed from ------------------------------------------------------
 
 
-def _values(site: DecodeSite, call: Call) -> dict[str, Any]:
-    """Taps, model inputs, and model inputs as somebody may have got them wrong."""
-    config = site.candidate.config
-    given = model.cached_inputs(config, jnp.asarray(call.ids), jnp.asarray(call.counts), call.before)
-    positions, slots = given["positions"], given["slots"]
-    highest, padding = config.max_position_embeddings - 1, (call.ids.shape[1] - call.counts)[:, None]
-    wrong = {
-        "positions off by one (+)": positions + 1,
-        "positions off by one (+, clipped)": jnp.minimum(positions + 1, highest),
-        "positions off by one (-)": jnp.maximum(positions - 1, 0),
-        "positions counting the padding": positions + padding,
-        "positions counting the padding (clipped)": jnp.minimum(positions + padding, highest),
-        "positions of the first row": jnp.broadcast_to(positions[:1], positions.shape),
-        "slots off by one (+)": slots + 1,
-        "slots off by one (-)": slots - 1,
-    }
-    return {**given, **wrong, **call.taps}
-
-
-def found(site: DecodeSite) -> wiring.Reading | None:
-    """What the site's tap was computed from, where that is not what the table says."""
-    history = site.once(caches.observed)
-    if not history:
-        return None
-    table = ops(site.candidate.config, Wiring(cached=True))
-    return wiring.reading(site.candidate, site.op, table, _values(site, history[-1]))
-
-
 def rewired(named: str) -> Callable[[Site], Iterator[Variant]]:
     """The op computed from what the table says, in every call."""
 
     def variants(site: Site) -> Iterator[Variant]:
         if not isinstance(site, DecodeSite) or (site.op.tap in POSITIONS and not _only_positions(site)):
             return
-        reading = site.once(found)
-        if reading is not None and _called(reading) == named:
+        reading = site.once(step_inputs.found)
+        if reading is None or (site.op.tap == "mask" and site.once(step_masks.stores_are_right)):
+            return
+        if _called(reading) == named:
             yield Variant(str(reading), interception.cached(site.candidate, _given_back(reading)))
 
     return variants
 
 
-SLOTS = "cache slot off by one"
+SLOTS, WRAPPED = "cache slot off by one", "cache slots wrapped around"
+READS = {
+    "slots wrapped around": WRAPPED,
+    "positions of the longest row": "one position for the whole batch",
+    "positions from zero in this step": "positions restart in every step",
+}
+"""What only a cached step may read."""
 
 
 def _called(reading: wiring.Reading) -> str:
+    for wanted, read in zip(reading.op.inputs, reading.inputs, strict=True):
+        named = next((name for start, name in READS.items() if read.startswith(start)), "")
+        if named:
+            return named
+        if reading.op.function == "store" and wanted.endswith("v_heads") and ".attn.k_" in read:
+            return caches.KEYS_FOR_VALUES
     name = wiring.cause(reading)
     # The mask is the first to read the slots; the stores come after it.
     return SLOTS if name == "causal mask off by one" else name
@@ -149,9 +135,9 @@ def _called(reading: wiring.Reading) -> str:
 
 def _given_back(reading: wiring.Reading) -> Mapping[str, interception.Change]:
     """What one op should read, or the slots that mask and stores should read."""
-    if _called(reading) != SLOTS:
-        return {reading.op.tap: interception.as_wired}
-    return dict.fromkeys(("attention_mask", "store"), _own_slots)
+    if reading.op.tap == "mask":
+        return dict.fromkeys(("attention_mask", "store"), _own_slots)
+    return {reading.op.tap: interception.as_wired}
 
 
 def _own_slots(function: OpFunction, op: Op, tape: Any, config: ModelConfig, p: Leaves, inputs: Any) -> Any:
@@ -169,26 +155,32 @@ def inputs_of(*taps: str) -> Callable[[Site], Iterator[Variant]]:
 
     def variants(site: Site) -> Iterator[Variant]:
         if (
-            not isinstance(site, DecodeSite)
-            or not site.op.tap.endswith(taps)
-            or _moves(site)
-            or caches.narrowness(site)
+            isinstance(site, DecodeSite)
+            and site.op.tap.endswith(taps)
+            and not (_moves(site) or caches.narrowness(site) or site.once(caches.misread))
+            and site.once(step_inputs.found) is None
+            and not site.once(step_inputs.own)
         ):
-            return
-        if site.once(found) is None and not _own_inputs(site):
             change = f"with {site.op.tap} computed from what the cache's lengths and the ids say"
-            yield Variant(change, interception.cached(site.candidate, {site.op.tap: interception.as_wired}))
+            yield Variant(change, interception.cached(site.candidate, {_key(site): interception.as_wired}))
 
     return variants
 
 
-def _own_inputs(site: DecodeSite) -> bool:
-    """The tap is what the op gives on what it should read, so that something else is wrong."""
-    history = site.once(caches.observed)
-    if not history:
-        return True
-    values = _values(site, history[-1])
-    return wiring.gives(site.candidate, wiring.as_it_should(site.op), values)
+def _key(site: DecodeSite) -> str:
+    """By tap, but for the one that has the name of another op's function."""
+    return "attention_mask" if site.op.tap == "mask" else site.op.tap
+
+
+def _wrong_mask(site: Site) -> Iterator[Variant]:
+    if isinstance(site, DecodeSite) and site.once(step_masks.seen) is None:
+        yield from inputs_of("mask")(site)
+
+
+def _other_positions(site: Site) -> Iterator[Variant]:
+    """Only where the tap is that of other integers: a wrong angle is no wrong position."""
+    if isinstance(site, DecodeSite) and site.once(step_inputs.other_positions):
+        yield from inputs_of(*POSITIONS)(site)
 
 
 def _another_op(site: Site) -> Iterator[Variant]:
@@ -200,22 +192,32 @@ def _another_op(site: Site) -> Iterator[Variant]:
 _LENGTHS = "each row's length grows by its own count: forward_cached in jaxgpt/model.py"
 _INPUTS = "positions, slots and mask follow from the cache's lengths: cached_inputs in jaxgpt/model.py"
 _CACHE = "the cache handed on is what the store ops gave: forward_cached in jaxgpt/model.py"
+_GIVEN = "every row is continued from its own, whole cache: the store ops of forward_cached in jaxgpt/model.py"
+_GROWTH = "a larger cache holds what the smaller one held: grown in jaxgpt/cache.py"
 _TABLE: tuple[tuple[str, str, Callable[[Site], Iterator[Variant]]], ...] = (
     ("cache position not advanced", _LENGTHS, lengths("not")),
     ("padding counted as tokens", _LENGTHS, lengths("padding")),
     ("cache position advanced wrongly", _LENGTHS, lengths("otherwise")),
     ("cache offset off by one", _INPUTS, offset),
+    *((name, _INPUTS, rewired(name)) for name in (*READS.values(), caches.KEYS_FOR_VALUES)),
     *((name, _INPUTS, rewired(name)) for name in (*wiring.KINDS, wiring.PARAMETERS, wiring.OTHER)),
     ("cache dtype too low", "keep keys and values in the compute dtype: empty in jaxgpt/cache.py", caches.too_narrow),
+    (caches.ROWS, _CACHE, caches.exchanged(caches.ROWS)),
+    (caches.ROWS, _GIVEN, caches.reread(caches.ROWS)),
+    (caches.KEYS_FOR_VALUES, _CACHE, caches.exchanged(caches.KEYS_FOR_VALUES)),
+    (caches.LOST_IN_GROWTH, _GROWTH, caches.reread(caches.LOST_IN_GROWTH)),
+    (caches.OVERWRITTEN, _GIVEN, caches.reread(caches.OVERWRITTEN)),
     ("stale cache slot", _CACHE, caches.handed_on("new", "with the new keys and values kept")),
     ("earlier cache slots overwritten", _CACHE, caches.handed_on("old", "with the earlier keys and values kept")),
     ("cache handed on is not the one read", _CACHE, caches.handed_on("all", "with the keys and values kept")),
     ("wrong ids in cached steps", _INPUTS, inputs_of("embed.tokens")),
-    ("wrong positions in cached steps", _INPUTS, inputs_of(*POSITIONS)),
-    ("padding or unwritten slots visible", _INPUTS, inputs_of("mask")),
+    ("wrong positions in cached steps", _INPUTS, _other_positions),
+    ("wrong mask in cached steps", _INPUTS, _wrong_mask),
     ("keys and values in the wrong slots", _INPUTS, inputs_of("attn.keys", "attn.values")),
 )
 REPAIRS: tuple[Repair, ...] = (
+    *step_masks.REPAIRS,
+    *step_ops.REPAIRS,
     *(Repair(cause, advice, (decode.NAME,), variants) for cause, advice, variants in _TABLE),
     Repair(
         "the cached step runs another op than its own",
