@@ -43,13 +43,16 @@ class Site:
         from oracle.ladder import run_rung  # the ladder imports the rungs, which import this
 
         result = run_rung(self.rung, replace(self.comparison, candidate=candidate))
-        keys = [(finding.tap, finding.op, finding.where) for finding in result.findings]
-        key = (self.finding.tap, self.finding.op, self.finding.where)
-        if key not in keys:
+        at = next((place for place, finding in enumerate(result.findings) if self._is_here(finding)), None)
+        if at is None:
             return replace(self.finding, problem="no longer compared")
-        at = keys.index(key)
         broken_before = next((finding for finding in result.findings[:at] if not finding.ok), None)
         return broken_before or result.findings[at]
+
+    def _is_here(self, finding: Finding) -> bool:
+        # A tap that the candidate lacks has no op.
+        key = self.finding.op, self.finding.where
+        return finding.tap == self.finding.tap and (not key[0] or (finding.op, finding.where) == key)
 
     def residual(self) -> Residual | None:
         """What the difference looks like, where it is one of tensors."""

@@ -409,7 +409,8 @@ def test_a_true_store_is_exact_and_a_narrow_one_is_not(cases: Any):
     assert {finding.where for finding in stores} == {"prefill", "step"}
     assert all(finding.ok and finding.error == 0 for finding in stores)
     found = case.bisect({"layers.1.attn.values": narrow(true.store, jnp.bfloat16)})
-    assert names(found) == ["computed in bfloat16"]
+    assert names(found) == ["cache dtype too low"]
+    assert found.causes[0].tied == ["computed in bfloat16"]
 
 
 def test_an_answer_in_a_narrower_dtype_is_measured_as_the_model_computes(cases: Any):

@@ -29,7 +29,9 @@ def multiplied(box: BlackBox) -> Iterator[Change]:
     # Only a multiple is taken for one: what is left is rounding.
     if np.isfinite(factor) and factor not in (0.0, 1.0) and left <= 16 * box.epsilon * abs(factor) * norm**0.5:
         known = [sign * value for value in box.facts.constants for sign in (1, -1)]
-        factor = nice(factor, 4 * box.epsilon, known)
+        # Roundings average out: the factor is known better than any one number.
+        rounding = left / (abs(factor) * norm**0.5 * ours.size**0.5)
+        factor = nice(factor, 4 * max(2.0**-23, rounding), known)
         yield box.scaled(f"with its output divided by {factor:.6g}", 1 / factor)
 
 

@@ -10,6 +10,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves
 from oracle.repairs.black_box import BlackBox, Change, op_repair
 from oracle.repairs.repair import Repair
+from oracle.repairs.rope import rotated
 
 _SPLIT = ("split_query_heads", "split_kv_heads")
 _HEADS = (*_SPLIT, "merge_heads")
@@ -65,6 +66,43 @@ def head_count(box: BlackBox) -> Iterator[Change]:
         num_key_value_heads=f.kv_heads,
         head_dim=f.head_dim,
     )
+
+
+# -- Heads that are normalised ----------------------------------------------------------
+
+EPSILONS = (1e-5, 1e-6, 1e-8, 0.0)
+
+
+def normalised(box: BlackBox) -> Iterator[Change]:
+    """Queries or keys over their root mean square, length or spread, of each head or of all heads together."""
+    for named, divided in NORMS.items():
+        for eps in EPSILONS:
+
+            def wrong(*x: Any, divided: Any = divided, eps: float = eps) -> Any:
+                return divided(_proper(box, *x), eps)
+
+            yield from box.answering(f"with heads that are not divided by {named}", wrong, lambda *x: _proper(box, *x))
+
+
+def _proper(box: BlackBox, x: Any, *angles: Any) -> Any:
+    if angles:
+        return rotated(x, *angles)
+    return x.reshape(*x.shape[:2], _heads(box), -1).swapaxes(1, 2)
+
+
+def _root(x: Any, eps: float, axes: tuple[int, ...] = (-1,)) -> Any:
+    return jnp.sqrt(jnp.square(x).mean(axes, keepdims=True) + eps)
+
+
+NORMS: dict[str, Callable[[Any, float], Any]] = {
+    "their root mean square": lambda x, eps: x / _root(x, eps),
+    "the root mean square of all heads": lambda x, eps: x / _root(x, eps, (1, 3)),
+    "their length": lambda x, eps: x / (_root(x, eps) * x.shape[-1] ** 0.5),
+    "their standard deviation": lambda x, eps: (
+        (x - x.mean(-1, keepdims=True)) / _root(x - x.mean(-1, keepdims=True), eps)
+    ),
+}
+"""By what the heads are divided by; the last takes their mean away as well."""
 
 
 # -- Which query head reads which kv head ----------------------------------------------
@@ -150,6 +188,27 @@ def swapped(box: BlackBox) -> Iterator[Change]:
         yield box.fed("with the weights transposed", lambda weights, v: (weights.swapaxes(-1, -2), v))
 
 
+def distance_bias(box: BlackBox) -> Iterator[Change]:
+    """Scores to which each head adds a line over the distance of the key: what the op gives for q = 0, taken away."""
+    bias = box.given([np.zeros_like(given) for given in map(np.asarray, box.site.inputs)]).astype(np.float64)
+    time, source = np.tril_indices(bias.shape[-2], 0, bias.shape[-1])
+    seen = bias[..., time, source].reshape(-1, len(time))
+    line = np.stack([source, time, np.ones_like(time)], axis=-1).astype(np.float64)
+    slopes = np.linalg.lstsq(line, seen.T, rcond=None)[0]
+    size = np.abs(seen).max(initial=0.0)
+    if size and np.abs(slopes[0]).max() * bias.shape[-1] > 1e-3 * size and _near(line @ slopes, seen.T, 1e-5 * size):
+
+        def repaired(config: ModelConfig, p: Leaves, q: Any, k: Any) -> Any:
+            alone = box.function(config, p, jnp.zeros_like(q), jnp.zeros_like(k))
+            return box.function(config, p, q, k) - alone
+
+        yield "with what it adds to scores of 0 taken away", repaired
+
+
+def _near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> bool:
+    return bool(np.isfinite(wanted).all() and (np.abs(found - wanted) <= tolerance).all())
+
+
 _ORDER = "heads are (B, T, N·H) to (B, N, T, H), head by head: _split_heads and merge_heads in jaxgpt/ops.py"
 _GROUPS = "query head n reads kv head n // (N // K): scores and context in jaxgpt/ops.py"
 _SCALE = "scores are q·k / √H: the scores op in jaxgpt/ops.py"
@@ -159,6 +218,12 @@ REPAIRS: tuple[Repair, ...] = (
     op_repair("heads split or merged dimension by dimension", _ORDER, _HEADS, dimension_major),
     op_repair("heads and time not exchanged", _ORDER, _HEADS, not_moved),
     op_repair("heads in reverse order", _ORDER, _HEADS, backwards),
+    op_repair(
+        "queries or keys normalised",
+        "this model has no QK-norm: _split_heads and rope in jaxgpt/ops.py leave lengths as they are",
+        (*_SPLIT, "rope"),
+        normalised,
+    ),
     op_repair("kv heads tiled instead of repeated", _GROUPS, _BOTH, tiled),
     op_repair("kv heads in the wrong order", _GROUPS, _BOTH, kv_backwards),
     op_repair("kv heads in the wrong order", _GROUPS, _BOTH, kv_rolled),
@@ -167,5 +232,11 @@ REPAIRS: tuple[Repair, ...] = (
     op_repair("attention scale applied twice", _SCALE, ("scores",), scale("√H", lambda box: box.facts.head_dim**0.5)),
     op_repair("attention scale of another width", _SCALE, ("scores",), other_width),
     op_repair("attention scores soft-capped", _SCALE, ("scores",), capped),
+    op_repair(
+        "linear position bias added to the scores",
+        "this model has no ALiBi: the scores op in jaxgpt/ops.py adds nothing to q·k / √H",
+        ("scores",),
+        distance_bias,
+    ),
 )
 """Repairs of heads and scores."""

@@ -113,6 +113,21 @@ class BlackBox:
 
         return f"less the difference between {named} and {proper}", repaired
 
+    def answering(self, change: str, wrong: Callable[..., Any], right: Callable[..., Any]) -> Iterator[Change]:
+        """With `right` in place of each number that is `wrong`; nothing unless all of them are.
+
+        For ops that only move numbers, in which the rounding of `less` would show. Both
+        are functions of the inputs in float32.
+        """
+
+        def is_wrong(y: Any, *x: Any) -> Any:
+            w = wrong(*map(wide, x))
+            return jnp.abs(wide(y) - w) <= 4 * self.epsilon * jnp.abs(w).max(-1, keepdims=True)
+
+        given = [jnp.asarray(x) for x in self.site.inputs]
+        if self.answer.shape == self.site.truth.shape and bool(is_wrong(self.answer, *given).all()):
+            yield self.turned(change, lambda y, *x: jnp.where(is_wrong(y, *x), right(*map(wide, x)), wide(y)))
+
 
 def _plain(answer: Any) -> np.ndarray:
     array = np.asarray(answer)

@@ -11,6 +11,7 @@ from jaxgpt import weights
 from jaxgpt.config import ModelConfig, from_hf
 from jaxgpt.errors import InputError
 from oracle import ladder
+from oracle.repairs import facts
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import bits
 from oracle.rungs.bits import ParameterSite
@@ -49,13 +50,12 @@ def folders(site: Site) -> ModelConfig | None:
 
 
 def different(site: Site) -> dict[str, Any]:
-    """The fields that differ, with the folder's values."""
-    theirs = site.once(folders)
-    if theirs is None:
-        return {}
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    ours = site.candidate.config
-    return {name: getattr(theirs, name) for name in names if getattr(theirs, name) != getattr(ours, name)}
+    """The fields that differ, with the folder's values; without a folder, what the reference was made of tells."""
+    theirs, ours = site.once(folders), site.candidate.config
+    names = [field.name for field in dataclasses.fields(ModelConfig)] if theirs else []
+    fields = {name: getattr(theirs, name) for name in names if getattr(theirs, name) != getattr(ours, name)}
+    layers = facts.of(site.comparison.reference).layers
+    return fields | ({"num_hidden_layers": layers} if layers != ours.num_hidden_layers else {})
 
 
 def _with(site: Site, fields: dict[str, Any], change: str) -> Iterator[Variant]:
@@ -66,6 +66,8 @@ def _with(site: Site, fields: dict[str, Any], change: str) -> Iterator[Variant]:
     candidate = dataclasses.replace(site.candidate, config=config)
     if isinstance(site, ParameterSite):
         candidate = _completed(candidate, site)
+    elif any(parameter.name not in candidate.stored for parameter in weights.parameters(config)):
+        return  # it would not run
     yield Variant(change, candidate)
 
 

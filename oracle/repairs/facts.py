@@ -17,6 +17,7 @@ class Facts:
 
     width: int
     """D."""
+    layers: int
     heads: int
     """N."""
     kv_heads: int
@@ -45,6 +46,6 @@ def of(reference: Reference) -> Facts:
     c = reference.truth.decoder.config
     if isinstance(c, GPT2Config):
         head_dim = c.n_embd // c.n_head
-        return Facts(c.n_embd, c.n_head, c.n_head, head_dim, c.layer_norm_epsilon, True, c.activation, None)
+        return Facts(c.n_embd, c.n_layer, c.n_head, c.n_head, head_dim, c.layer_norm_epsilon, True, c.activation, None)
     heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    return Facts(c.hidden_size, *heads, c.rms_norm_eps, False, c.activation, c.rope)
+    return Facts(c.hidden_size, c.num_hidden_layers, *heads, c.rms_norm_eps, False, c.activation, c.rope)

@@ -5,7 +5,7 @@ function with an ear: what it reads and writes is on a tape. A change may then c
 one op from what the table says it reads, instead of from what the pass gives it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,36 @@ def forward(candidate: Candidate, changes: Mapping[str, Change]) -> Candidate:
         return inner(config, params, ids, **given)
 
     return replace(candidate, forward_pass=forward_pass)
+
+
+def settled(candidate: Candidate, taps: Collection[str], rounds: int) -> Candidate:
+    """The candidate with some ops of its forward computed from what the table says they read, whenever that comes.
+
+    A pass that computes it only later is run again, as often as needed, and its ops read
+    what the round before gave.
+    """
+    inner = candidate.forward_pass
+
+    def forward_pass(config: ModelConfig, params: Any, ids: Any, **given: Any) -> Any:
+        inputs = model.uncached_inputs(ids, given.get("positions"), given.get("segments"))
+        changes, tape, output = {}, dict[str, Any](), None
+        for _ in range(rounds):
+            changes = {tap: _after(tape) for tap in taps}
+            tape = {**params, **inputs}
+            put = heard(ops(config), given.get("replace", {}), tape, changes)
+            output = inner(config, params, ids, **{**given, "replace": put})
+        return output
+
+    return replace(candidate, forward_pass=forward_pass)
+
+
+def _after(before: Tape) -> Change:
+    def change(function: OpFunction, op: Op, tape: Tape, config: ModelConfig, p: Leaves, inputs: Sequence[Any]) -> Any:
+        known = {**before, **tape}
+        ready = all(name in known for name in op.inputs)
+        return (as_wired if ready else untouched)(function, op, known, config, p, inputs)
+
+    return change
 
 
 def cached(candidate: Candidate, changes: Mapping[str, Change]) -> Candidate:

@@ -117,8 +117,20 @@ def value(box: BlackBox) -> Iterator[Change]:
             change = f"with {MASKED:.3g} in place of {number:.6g} {given} hidden scores"
             yield box.turned(change, lambda y, _, allowed: jnp.where(allowed, y, MASKED))
             return
-    if not found.any():
-        yield box.turned(f"with {MASKED:.3g} in place of 0", lambda y, _, allowed: jnp.where(allowed, y, MASKED))
+
+
+def by(wrong: Callable[[Any, Any], Any]) -> Maker:
+    """Scores from which the mask makes what `wrong(scores, allowed)` says, of each and every one."""
+
+    def output(y: Any, scores: Any, allowed: Any) -> Any:
+        return jnp.where(y == wrong(scores, allowed), jnp.where(allowed, scores, MASKED), y)
+
+    def maker(box: BlackBox) -> Iterator[Change]:
+        scores, allowed = map(np.asarray, box.site.inputs)
+        if np.array_equal(box.answer, wrong(scores, allowed)):
+            yield box.turned(f"with {MASKED:.3g} where the mask says no, and the scores as they are elsewhere", output)
+
+    return maker
 
 
 # -- Softmax ---------------------------------------------------------------------------
@@ -159,6 +171,21 @@ def not_normalised(box: BlackBox) -> Iterator[Change]:
         yield box.turned("with each row divided by its sum", lambda y, _: wide(y) / wide(y).sum(-1, keepdims=True))
 
 
+def base_two(box: BlackBox) -> Iterator[Change]:
+    """2^x / sum 2^x is the softmax of x log 2: give it x / log 2."""
+    factor = np.float32(1 / np.log(2))
+    yield box.fed("with scores divided by log 2", lambda x: (jnp.maximum(x * factor, MASKED),))
+
+
+def overflowing(box: BlackBox) -> Iterator[Change]:
+    """An op whose exponentials are beyond the largest number: give it scores less their row's maximum."""
+    sums = box.answer.sum(-1)
+    # An infinite sum gives NaN, or zeros where no single number was infinite.
+    if not np.isfinite(sums).all() or (sums == 0).any():
+        change = "with each row's maximum subtracted"
+        yield box.fed(change, lambda x: (jnp.maximum(x - x.max(-1, keepdims=True), MASKED),))
+
+
 def scale_again(box: BlackBox) -> Iterator[Change]:
     """Scores scaled by H to ±1/2 once more before the softmax."""
     root = box.facts.head_dim**0.5
@@ -177,10 +204,19 @@ REPAIRS: tuple[Repair, ...] = (
     *(op_repair(cause, _MASK, ("attention_mask",), entries(named)) for cause, named in PATTERNS.items()),
     op_repair("sliding window", _MASK, ("attention_mask",), window),
     op_repair("mask value too small", _APPLY, ("mask",), value),
+    op_repair("mask multiplied into the scores", _APPLY, ("mask",), by(lambda scores, allowed: scores * allowed)),
+    op_repair("mask added to the scores as 0 and 1", _APPLY, ("mask",), by(lambda scores, allowed: scores + allowed)),
     *(op_repair(cause, _APPLY, ("mask",), applied(named)) for cause, named in PATTERNS.items()),
     op_repair("softmax over the wrong axis", _SOFTMAX, ("softmax",), other_axis),
     op_repair("softmax with one more in its denominator", _SOFTMAX, ("softmax",), one_more),
     op_repair("softmax not normalised", _SOFTMAX, ("softmax",), not_normalised),
+    op_repair("softmax in base 2 instead of e", _SOFTMAX, ("softmax",), base_two),
+    op_repair(
+        "softmax without its maximum subtracted",
+        "subtract each row's maximum before exp: the softmax op in jaxgpt/ops.py",
+        ("softmax",),
+        overflowing,
+    ),
     op_repair("attention scale applied twice", _SOFTMAX, ("softmax",), scale_again),
     op_repair("attention scale missing", _SOFTMAX, ("softmax",), scale_undone),
 )

@@ -63,6 +63,31 @@ def written(named: str, change: Callable[[Form], Form]) -> Maker:
     return maker
 
 
+def reweighted(by: Callable[[Any], Any]) -> Maker:
+    """Without its bias multiplied: a sum would leave the rounding of what is large where the weight is small."""
+
+    def maker(box: BlackBox) -> Iterator[Change]:
+        factor, bias = by(box.parameters["weight"]), box.parameters.get("bias", np.float32(0))
+        if np.isfinite(factor).all():
+            yield box.turned(
+                "with the bias taken away, the weight put right and the bias added again",
+                lambda y, _: (wide(y) - bias) * factor + bias,
+            )
+
+    return maker
+
+
+def divided_by_weight(box: BlackBox) -> Iterator[Change]:
+    """The weight is taken back after the bias was added."""
+    if "bias" in box.parameters:
+        yield box.turned("with its output multiplied by the weight", lambda y, _: wide(y) * box.parameters["weight"])
+
+
+def _of_one_plus(weight: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return weight / (1 + weight)
+
+
 def other_kind(box: BlackBox) -> Iterator[Change]:
     """LayerNorm for RMSNorm, or the reverse."""
     proper = right(box)
@@ -192,6 +217,14 @@ _TABLE: tuple[tuple[str, str, Maker], ...] = (
         f"multiply by the weight in {IN_NORM}",
         written("no weight", lambda form: replace(form, weighted=False)),
     ),
+    ("norm weight missing", f"multiply by the weight in {IN_NORM}", reweighted(lambda w: w)),
+    ("norm weight missing", f"multiply by the weight in {IN_NORM}", divided_by_weight),
+    (
+        "norm weight missing",
+        f"multiply by the weight, and add eps, in {IN_NORM}",
+        written("no weight and no eps", lambda form: replace(form, weighted=False, eps=0.0)),
+    ),
+    ("norm weight used as 1 + w", f"multiply by w, not 1 + w, in {IN_NORM}", reweighted(_of_one_plus)),
     (
         "norm weight used as 1 + w",
         f"multiply by w, not 1 + w, in {IN_NORM}",

@@ -21,7 +21,8 @@ CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "cust
 """Steps that only stand for other steps, and where they have them."""
 DTYPES = ("new_dtype", "preferred_element_type", "dtype")
 """Parameters that say in which dtype a step answers."""
-_PRINTED = {"bfloat16": "bf16", "float16": "f16"}
+_PRINTED = {"bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8_e4m3fn", "float8_e5m2": "f8_e5m2"}
+NARROW = tuple(_PRINTED)
 CONSTANTS = (
     0.5**0.5, 2**0.5, (2 / math.pi) ** 0.5, (8 / math.pi) ** 0.5, 0.044715, 1.702, 1e-5, 1e-6, 1e-8, 1e-12,
 )  # fmt: skip
@@ -123,7 +124,5 @@ class Widened:
 
 
 _ADVICE = "leave the narrow dtype out of the op: norms, rotation, softmax, scores and activations are float32 inside"
-REPAIRS: tuple[Repair, ...] = tuple(
-    op_repair(f"computed in {name}", _ADVICE, (), without(name)) for name in ("bfloat16", "float16")
-)
+REPAIRS: tuple[Repair, ...] = tuple(op_repair(f"computed in {name}", _ADVICE, (), without(name)) for name in NARROW)
 """Repairs of ops computed too narrowly."""

@@ -103,6 +103,36 @@ def not_wanted(box: BlackBox) -> Iterator[Change]:
             yield _divided(box, f"without llama3 scaling by {scaling.factor:g}", wrong)
 
 
+def other_kind(box: BlackBox) -> Iterator[Change]:
+    """The factor of the model's scaling in a scaling of the other kind."""
+    rope, context = box.facts.rope, box.site.candidate.config.max_position_embeddings
+    assert rope is not None
+    if rope.kind == "llama3":
+        yield _divided(box, "with llama3 scaling instead of linear", _other(box, kind="linear"))
+    if rope.kind == "linear":
+        for original in dict.fromkeys((*(scaling.original_max_position_embeddings for scaling in LLAMA3), context)):
+            wrong = Rope(rope.theta, "llama3", rope.factor, 1.0, 4.0, original)
+            yield _divided(box, "with linear scaling instead of llama3", _other(box, **vars(wrong)))
+
+
+def other_width(box: BlackBox) -> Iterator[Change]:
+    """Exponents 2i / D instead of 2i / H."""
+    rope, f = box.facts.rope, box.facts
+    assert rope is not None
+    if f.width != f.head_dim:
+        wrong = _other(box, theta=rope.theta ** (f.head_dim / f.width))
+        yield _divided(box, f"with exponents divided by H = {f.head_dim}, not by D = {f.width}", wrong)
+
+
+def multiplied_positions(box: BlackBox) -> Iterator[Change]:
+    """Positions times a whole number."""
+    rope, slower = box.facts.rope, _common_factor(box)
+    assert rope is not None
+    times = round(1 / slower) if slower else 0
+    if slower and times > 1 and abs(times * slower - 1) < 1e-5 and not (rope.kind == "linear" and times == rope.factor):
+        yield box.turned(f"with positions divided by {times}", lambda y, *_: y / np.float32(times))
+
+
 def _common_factor(box: BlackBox) -> float | None:
     """By which every pair is too slow."""
     angle = box.given([np.ones((1, 1), np.int32)]).astype(np.float64).ravel()
@@ -142,6 +172,17 @@ def reversed_direction(box: BlackBox) -> Iterator[Change]:
         yield box.turned("with the angles' sign changed", lambda y, *_: -y)
     else:
         yield box.fed("with the angles' sign changed", lambda x, angles: (x, -angles))
+
+
+def exchanged(box: BlackBox) -> Iterator[Change]:
+    """x1 sin - x2 cos and x2 sin + x1 cos, for x2 and x1, are the right halves, the first with the other sign."""
+
+    def repaired(config: ModelConfig, p: Leaves, x: Any, angles: Any) -> Any:
+        swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+        first, second = jnp.split(box.function(config, p, swapped, angles), 2, axis=-1)
+        return jnp.concatenate([-first, second], axis=-1)
+
+    yield "with sine and cosine exchanged back", repaired
 
 
 def missing(box: BlackBox) -> Iterator[Change]:
@@ -218,13 +259,17 @@ REPAIRS: tuple[Repair, ...] = (
         half_split,
     ),
     op_repair("RoPE direction reversed", _ROPE, ("rope", "angles"), reversed_direction),
+    op_repair("RoPE sine and cosine exchanged", _ROPE, ("rope",), exchanged),
     op_repair("RoPE missing", _ROPE, ("rope",), missing),
     op_repair("RoPE applied twice", _ROPE, ("rope",), twice),
     op_repair("RoPE on part of the head only", _ROPE, ("rope",), partial_head),
     op_repair("position ids off by one", _POSITIONS, ("rope",), shifted(-1)),
     op_repair("position ids off by one", _POSITIONS, ("rope",), shifted(1)),
     op_repair("rope scaling ignored", _ANGLES, ("angles",), unscaled),
+    op_repair("RoPE exponents divided by another width", _ANGLES, ("angles",), other_width),
     op_repair("wrong rope theta", _ANGLES, ("angles",), theta),
+    op_repair("positions multiplied by a constant", _POSITIONS, ("angles",), multiplied_positions),
     op_repair("wrong rope scaling", _ANGLES, ("angles",), not_wanted),
+    op_repair("wrong rope scaling", _ANGLES, ("angles",), other_kind),
 )
 """Repairs of rotary positions."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from oracle.repairs.black_box import BlackBox, Change, Maker, op_repair
+from oracle.repairs.precision import NARROW, without
 from oracle.repairs.repair import Repair
 
 
@@ -40,9 +41,11 @@ def _written(y: Any, new: Any, buffer: Any, slots: Any) -> Any:
 
 
 _STORE = "each row's new keys and values go into its own slots: store in jaxgpt/ops.py, slots in jaxgpt/model.py"
+_DTYPE = "keep keys and values in the compute dtype: empty in jaxgpt/cache.py, store in jaxgpt/ops.py"
 REPAIRS: tuple[Repair, ...] = (
     op_repair("cache slot off by one", _STORE, ("store",), shifted(-1)),
     op_repair("cache slot off by one", _STORE, ("store",), shifted(1)),
     op_repair("new keys and values not stored", _STORE, ("store",), nothing),
+    *(op_repair("cache dtype too low", _DTYPE, ("store",), without(name)) for name in NARROW),
 )
 """Repairs of the store op."""

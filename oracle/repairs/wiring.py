@@ -86,12 +86,14 @@ def _attempts(candidate: Candidate, op: Op, table: Sequence[Op], values: Mapping
 
 
 def _like(name: str, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> list[str]:
-    """Earlier taps that the op could have been given in place of one, the latest first."""
+    """Taps that the op could have been given in place of one: earlier ones, the latest first, then later streams."""
     if name in INPUTS or name.startswith("cache."):
         return []
-    before = [other.tap for other in table[: table.index(op)] if other.tap != name]
+    here = table.index(op)
+    before = [other.tap for other in reversed(table[:here]) if other.tap != name]
+    after = [other.tap for other in table[here + 1 :] if other.tap in values and other.function == "add"]
     shape, dtype = values[name].shape, values[name].dtype
-    return [tap for tap in reversed(before) if (values[tap].shape, values[tap].dtype) == (shape, dtype)]
+    return [tap for tap in (*before, *after) if (values[tap].shape, values[tap].dtype) == (shape, dtype)]
 
 
 def _modules(candidate: Candidate, op: Op) -> list[str]:
@@ -150,6 +152,13 @@ def found(site: ForwardSite) -> Reading | None:
     return reading(site.candidate, site.op, ops(site.candidate.config), values)
 
 
+def all_found(site: ForwardSite) -> list[Reading]:
+    """The same of every op, as far as it is found."""
+    values, table = _values(site), ops(site.candidate.config)
+    readings = (reading(site.candidate, op, table, values) for op in table)
+    return [reading for reading in readings if reading is not None]
+
+
 # -- What it is called -----------------------------------------------------------------
 
 
@@ -165,10 +174,17 @@ def _layer(tap: str) -> int:
     return int(tap.split(".")[1]) if tap.startswith("layers.") else -1
 
 
+def _next_stream(tap: str) -> str:
+    if tap.endswith("attn_residual"):
+        return tap.replace("attn_residual", "mlp_residual")
+    return f"layers.{_layer(tap) + 1}.attn_residual" if _stream(tap) else ""
+
+
 def _of(tap: str) -> str:
     return tap.rpartition(".")[2].partition("_")[0]
 
 
+ORDER = "layers run in the wrong order"
 Kind = Callable[[str, str, str], bool]
 """(the op's function, what it should read, what it reads) to whether the cause applies."""
 KINDS: dict[str, Kind] = {
@@ -183,6 +199,10 @@ KINDS: dict[str, Kind] = {
     "final norm bypassed": lambda op, wanted, read: op == "head" and _stream(read),
     "MLP in parallel with attention": lambda op, wanted, read: (
         op == "norm" and wanted.endswith("attn_residual") and _stream(read) and _layer(read) < _layer(wanted)
+    ),
+    "post-norm instead of pre-norm": lambda op, wanted, read: op == "norm" and read == _next_stream(wanted),
+    ORDER: lambda op, wanted, read: (
+        op == "norm" and _stream(wanted) and read.endswith("mlp_residual") and _layer(read) > _layer(wanted)
     ),
     "attention's residual contributes nothing": lambda op, wanted, read: (
         op == "add" and wanted.endswith("attn_residual") and _stream(read) and _layer(read) < _layer(wanted)
@@ -219,9 +239,48 @@ def _rewired(named: str) -> Callable[[Site], Iterator[Variant]]:
         if isinstance(site, ForwardSite):
             reading = site.once(found)
             if reading is not None and cause(reading) == named:
-                yield Variant(str(reading), interception.forward(site.candidate, {site.op.tap: interception.as_wired}))
+                repaired = _resequenced(site) if _reads_later(site, reading) else _as_wired(site, [site.op.tap])
+                yield Variant(str(reading), repaired)
 
     return variants
+
+
+def _as_wired(site: ForwardSite, taps: Sequence[str]) -> Candidate:
+    return interception.forward(site.candidate, dict.fromkeys(taps, interception.as_wired))
+
+
+def _reads_later(site: ForwardSite, reading: Reading) -> bool:
+    order = [op.tap for op in ops(site.candidate.config)]
+    return any(name in order and order.index(name) > order.index(reading.op.tap) for name in reading.inputs)
+
+
+def _resequenced(site: ForwardSite) -> Candidate:
+    """Every op that reads another stream or norm, as wired: in a pass of another order one such op is never alone."""
+
+    def moved(wanted: str, read: str) -> bool:
+        return wanted == read or _stream(wanted) or wanted.endswith("_norm")
+
+    readings = site.once(all_found)
+    taps = [each.op.tap for each in readings if all(map(moved, each.op.inputs, each.inputs))]
+    return interception.settled(site.candidate, taps, 2 * site.candidate.config.num_hidden_layers + 1)
+
+
+def _exchanged_layers(site: Site) -> Iterator[Variant]:
+    """Layers that run under each other's names: all that an op of one has are the parameters of another."""
+    if not isinstance(site, ForwardSite) or not (own := site.once(found)) or own.parameters == own.op.parameters:
+        return
+    readings = site.once(all_found)
+    used = {_layer(reading.op.parameters): _layer(reading.parameters) for reading in readings}
+    alike = all(
+        reading.op.inputs == reading.inputs
+        and reading.parameters == reading.op.parameters.replace(f".{here}.", f".{used[here]}.", 1)
+        for reading in readings
+        for here in [_layer(reading.op.parameters)]
+    )
+    table = [op for op in ops(site.candidate.config) if op.parameters and _layer(op.tap) in used]
+    if alike and -1 not in used and sorted(used) == sorted(used.values()) and len(readings) == len(table):
+        exchanged = ", ".join(f"layer {here}'s instead of layer {read}'s" for here, read in used.items())
+        yield Variant(f"with parameters of {exchanged}", _as_wired(site, [reading.op.tap for reading in readings]))
 
 
 def _another_op(site: Site) -> Iterator[Variant]:
@@ -232,6 +291,7 @@ def _another_op(site: Site) -> Iterator[Variant]:
 
 _WIRING = "give the op what the table says it reads: layer_ops in jaxgpt/taps.py, run in jaxgpt/model.py"
 REPAIRS: tuple[Repair, ...] = (
+    Repair(ORDER, _WIRING, (forward.NAME,), _exchanged_layers),
     *(Repair(name, _WIRING, (forward.NAME,), _rewired(name)) for name in (*KINDS, PARAMETERS, OTHER)),
     Repair(
         "the forward pass runs another op than its own",
