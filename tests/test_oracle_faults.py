@@ -133,6 +133,21 @@ def test_a_sample_of_the_catalogue_is_located_exactly(fault: str):
     assert record["within_one"]
 
 
+NOBODYS = (
+    *("one shard loaded twice", "remainder of tiles dropped", "segments in one bit", "online softmax not rescaled"),
+    *("merged in row 0 only", "residual not renewed"),
+)
+"""Of the faults that nobody repairs, in the same model."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", NOBODYS)
+def test_faults_that_nobody_repairs_are_located_exactly(fault: str):
+    mutant = mutants.of(("held out", (fault,), "gpt2", "float32"))
+    report = ladder.climb(trial.compared(mutant, noise.stored_calibration()), rungs=("bits", "operators", "forward"))
+    assert trial.judged(mutant, report)["found"] == list(mutant.expected[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [f.id for f in KINDS["decoding"]])
 def test_decoding_faults_are_located_exactly(fault: str):
