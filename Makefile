@@ -24,11 +24,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick equivalence lint format bench clean
+.PHONY: help install demo test test-all test-quick equivalence lint format bench clean
 
 help:
 	@echo "make demo         train, fine-tune, check and compare a small model from nothing (about 4 minutes)"
-	@echo "make test         the whole test suite (at most 10 minutes on two cores)"
+	@echo "make test         the test suite (at most 10 minutes on two cores)"
+	@echo "make test-all     and every planted mistake in every family and dtype (about half an hour)"
 	@echo "make test-quick   without the slow tests (at most 3 minutes)"
 	@echo "make equivalence  JAX against PyTorch: every family, shape and dtype, and planted faults; build/equivalence"
 	@echo "make lint         ruff and pyright"
@@ -44,10 +45,13 @@ demo: $(VENV)/installed-oracle
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed-test
+	@$(PYTEST) -m "not exhaustive" $(ARGS)
+
+test-all: $(VENV)/installed-test
 	@$(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/installed-test
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
 equivalence: $(VENV)/installed-oracle $(CALIBRATION)
 	@$(BIN)/python -m oracle equivalence --out build/equivalence $(if $(CALIBRATION),--calibration $(CALIBRATION))

@@ -249,7 +249,7 @@ QUICK = ("multiplied mask", "alibi narrow")
 
 def parameters(table: dict[str, Any]) -> list[Any]:
     return [
-        pytest.param(name, id=name.replace(" ", "_"), marks=[] if name in QUICK else pytest.mark.slow) for name in table
+        pytest.param(name, id=name.replace(" ", "_"), marks=[] if name in QUICK else pytest.mark.exhaustive) for name in table
     ]
 
 
@@ -281,7 +281,7 @@ ODD: dict[str, tuple[str, str, str, Function]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("odd", ODD)
 def test_what_only_resembles_it_stays_unknown(cases: Any, odd: str):
     family, dtype, tap, function = ODD[odd]
@@ -291,7 +291,7 @@ def test_what_only_resembles_it_stays_unknown(cases: Any, odd: str):
 # -- Layers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("with_folder", [False, True])
 def test_a_config_of_one_layer_fewer_is_named(cases: Any, family: str, with_folder: bool):
     case = cases(family)

@@ -23,7 +23,7 @@ FAMILIES = {
 }
 Bisect = Callable[[str, Step, str], Report]
 QUICK = {("blind", "gpt2", "float32"), ("theta", "llama", "float32"), ("rows handed on", "gpt2", "bfloat16")}
-"""The others are slow."""
+"""The others are exhaustive."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def planted() -> list[Any]:
                 # What bfloat16 rounds away has no name of its own there.
                 if case in ("bf16", "eps") and dtype == "bfloat16":
                     continue
-                marks = [] if (case, family, dtype) in QUICK else [pytest.mark.slow]
+                marks = [] if (case, family, dtype) in QUICK else [pytest.mark.exhaustive]
                 cases.append(pytest.param(case, family, dtype, marks=marks, id=f"{case}-{family}-{dtype}"))
     return cases
 
@@ -95,7 +95,7 @@ GENERAL: dict[str, tuple[Step, str]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", GENERAL)
 def test_what_has_no_name_of_its_own_gets_no_narrow_one(case: str, bisect: Bisect):
     step, cause = GENERAL[case]

@@ -23,13 +23,13 @@ HEAVY = [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("llama", "float32")]
 
 
 def quick(names: Any, *chosen: str) -> list[Any]:
-    """All of them, those that are not chosen marked slow."""
-    return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in names]
+    """All of them, those that are not chosen marked exhaustive."""
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.exhaustive) for name in names]
 
 
 @pytest.fixture(
     scope="module",
-    params=[*MODELS, *(pytest.param(pair, marks=pytest.mark.slow) for pair in HEAVY)],
+    params=[*MODELS, *(pytest.param(pair, marks=pytest.mark.exhaustive) for pair in HEAVY)],
     ids=lambda pair: "-".join(pair),
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
