@@ -249,7 +249,8 @@ QUICK = ("multiplied mask", "alibi narrow")
 
 def parameters(table: dict[str, Any]) -> list[Any]:
     return [
-        pytest.param(name, id=name.replace(" ", "_"), marks=[] if name in QUICK else pytest.mark.exhaustive) for name in table
+        pytest.param(name, id=name.replace(" ", "_"), marks=[] if name in QUICK else pytest.mark.exhaustive)
+        for name in table
     ]
 
 
