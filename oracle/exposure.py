@@ -62,9 +62,9 @@ def _reason(fault: Fault, comparison: "Comparison", rungs: Sequence[str], text: 
 _TEMPLATE = (
     *("template without separator", "template without line break", "turn not ended", "roles swapped"),
     *("contents stripped", "system message added", "BOS before the template", "mask of everything"),
-    *("end token not trained", "chat mask off by one", "last reply only", "empty prompt"),
+    *("end token not trained", "chat mask off by one", "last reply only"),
 )
-_BYTE_LEVEL = ("wrong pre-tokenizer regex", "merges missing")
+_BYTE_LEVEL = ("wrong pre-tokenizer regex", "merges missing", "hex or byte-level vocabulary")
 
 
 def _text_reasons(comparison: "Comparison") -> dict[str, str]:

@@ -136,7 +136,22 @@ def test_exposed_are_the_classes_that_the_text_side_has(gpt2: Comparison, char: 
     exposed, hidden = exposure.classes(gpt2, [ids.NAME])
     assert {"special ids shifted", "wrong pre-tokenizer regex", "roles swapped", "BOS doubled"} <= set(exposed)
     assert hidden["prefix-matching special"] == "no special token begins another"
-    assert exposure.classes(char, [ids.NAME])[1]["merges missing"] == "the tokenizer has no merges"
+    hidden = exposure.classes(char, [ids.NAME])[1]
+    assert {name for name, reason in hidden.items() if reason == "the tokenizer has no merges"} == {
+        "wrong pre-tokenizer regex",
+        "merges missing",
+        "hex or byte-level vocabulary",
+    }
+
+
+def test_without_a_template_its_classes_are_hidden_and_no_others(gpt2: Comparison):
+    assert gpt2.candidate.text is not None
+    text = dataclasses.replace(gpt2.candidate.text, saved_template=None)
+    bare = dataclasses.replace(gpt2, candidate=dataclasses.replace(gpt2.candidate, text=text))
+    exposed, hidden = exposure.classes(bare, [ids.NAME])
+    lacking = {name for name, reason in hidden.items() if reason == exposure.NO_TEMPLATE}
+    assert {"turn not ended", "roles swapped", "last reply only"} <= lacking <= TEXT_CLASSES
+    assert {"empty prompt", "BOS doubled", "text stripped"} <= set(exposed)
 
 
 # -- The references are independent and right -------------------------------------------
