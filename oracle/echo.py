@@ -8,17 +8,23 @@ and a difference is measured by the largest of them all; that is stochastic
 arithmetic as in Parker, "Monte Carlo Arithmetic" (1997).
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from oracle.results import Finding
 from torchref import Decoder
 
 ECHOES = 2
 """With the peer three draws: the chance that all are t times too small falls as t⁻³."""
+FURTHER = range(ECHOES, 7)
+"""Numbers of the echoes that are drawn where those leave a doubt: together as t⁻⁸."""
+ALL = range(FURTHER.stop)
+DOUBTFUL = (2.0, 300.0)
+"""Multiples of the noise of the draws so far that an honest implementation may reach by their luck."""
 UNTOUCHED = ("embed.tokens", "embed.positions", "_heads", "attn.keys", "attn.values", "attn.masked", "attn.merged")
 """Taps that are copies of numbers, in which no rounding happens; some share the memory of others."""
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
@@ -66,9 +72,15 @@ class Forgetful(Changing):
         super().__setitem__(tap, value)
 
 
-def echoes(decoder: Decoder) -> Iterator[Decoder]:
+def leave_a_doubt(findings: Iterable[Finding]) -> bool:
+    """Whether one of them may be due to draws that were all lucky."""
+    least, most = DOUBTFUL
+    return any(least < finding.noise < most for finding in findings)
+
+
+def echoes(decoder: Decoder, numbers: Iterable[int] = range(ECHOES)) -> Iterator[Decoder]:
     """The decoder as each echo in turn."""
-    for number in range(ECHOES):
+    for number in numbers:
         with echoing(decoder, number) as moved:
             yield moved
 

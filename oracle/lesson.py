@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxgpt.train_step import StepReport, TrainState
 from oracle import training_probe, training_reference
 from oracle.candidate import Candidate, unrunnable
 from oracle.comparison import Comparison
-from oracle.echo import echoes
+from oracle.echo import ALL, ECHOES, FURTHER, echoes
 from oracle.reference import Reference
 from oracle.training_probe import Corpus
 from oracle.training_reference import Arrays, State
@@ -181,7 +181,13 @@ def echoed_gradients(reference: Reference, corpus: Corpus, settings: TrainSettin
     """Further draws of the noise in the peer's gradient of a small model."""
     batches = training_reference.micro_batches(corpus, settings)
     with threads(large=False):
-        return [training_reference.gradients(decoder, batches)[1] for decoder in echoes(reference.peer.decoder)]
+        return [training_reference.gradients(decoder, batches)[1] for decoder in echoes(reference.peer.decoder, ALL)]
+
+
+COMPARED = (1, 2, 4, 8, 20)
+"""Steps after which parameters are compared: one shows the update, two the moments, all the schedule."""
+ByStep = Mapping[int, Arrays]
+"""Parameters after each of those steps."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +198,15 @@ class Course:
     """About the first step's gradient norm: the unit of the settings' clip norm."""
     start: Arrays
     truth: Sequence[State]
-    peer: Sequence[State]
-    echoes: Sequence[Sequence[State]] = ()
-    """Further draws of the noise in the peer's steps; a small model's."""
+    draws: Sequence[ByStep]
+    """The peer's parameters and, of a small model, its echoes'."""
+    draw: Callable[[Iterable[int]], list[ByStep]]
+    """Makes those of the echoes of some numbers."""
+
+    @cached_property
+    def further(self) -> list[ByStep]:
+        """More draws of the noise, where those at hand leave a doubt."""
+        return self.draw(FURTHER)
 
     @property
     def clipped(self) -> int:
@@ -205,7 +217,7 @@ class Course:
 
 @lru_cache(maxsize=2)
 def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettings) -> Course:
-    """Truth's and peer's steps, the peer's in float32; `ids` is 0 for the whole model, else the part's vocabulary."""
+    """Truth's steps and the peer's, its in float32; `ids` is 0 for the whole model, else the part's vocabulary."""
     batches = training_reference.micro_batches(corpus, settings)
     size = settings.accumulate
     grouped = [batches[start : start + size] for start in range(0, len(batches), size)]
@@ -214,13 +226,21 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
         _, first = training.gradients(truth, grouped[0])
         norm = _on_grid(training.global_norm(first))
 
-        def steps(model: Decoder, dtype: torch.dtype) -> list[State]:
+        def steps(model: Decoder, dtype: torch.dtype) -> Iterator[State]:
             trainer = training_reference.trainer(model, scaled(settings, norm), dtype)
             return training_reference.steps(trainer, grouped, settings.steps)
 
+        def compared(model: Decoder) -> ByStep:
+            with threads(large=bool(ids)):
+                states = enumerate(steps(model, torch.float32), 1)
+                return {number: state.parameters for number, state in states if number in COMPARED}
+
+        def draw(numbers: Iterable[int]) -> list[ByStep]:
+            return [compared(model) for model in echoes(peer, numbers)]
+
         start = training_reference.named(dict(truth.named_parameters()))
-        further = [] if ids else [steps(model, torch.float32) for model in echoes(peer)]
-        return Course(norm, start, steps(truth, torch.float64), steps(peer, torch.float32), further)
+        draws = [compared(peer), *draw(() if ids else range(ECHOES))]
+        return Course(norm, start, list(steps(truth, torch.float64)), draws, draw)
 
 
 def _on_grid(norm: float) -> float:

@@ -25,6 +25,8 @@ class Unit:
     """Root mean square, in the tensor's unit, at which rounding happens if the tensor itself is smaller."""
     noise: float = 0.0
     """Root mean square that the peer's error is taken to have at least."""
+    peak: float = 0.0
+    """Largest element that it is taken to have at least."""
 
 
 def rms(array: np.ndarray) -> float:
@@ -81,7 +83,7 @@ def measure(
     return Ratios(
         error=_quotient(ours.rms, size),
         aggregate=_quotient(ours.rms, max(rms, unit.noise, unit.epsilon * size)),
-        worst=_quotient(ours.peak, max(largest, unit.noise, unit.epsilon * peak)),
+        worst=_quotient(ours.peak, max(largest, unit.noise, unit.peak, unit.epsilon * peak)),
     )
 
 

@@ -6,7 +6,7 @@ they belong to; the candidate's name table has no part in it.
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +92,9 @@ class State:
     report: training.Report
 
 
-def steps(own: training.Trainer, groups: Sequence[Sequence[training.Batch]], count: int) -> list[State]:
+def steps(own: training.Trainer, groups: Sequence[Sequence[training.Batch]], count: int) -> Iterator[State]:
     """The state after each of `count` steps over the groups of micro-batches in turn."""
-    states: list[State] = []
     for number in range(count):
         report = own.step(groups[number % len(groups)])
         divisors = named(own.divisors())
-        states.append(State(copy.deepcopy(named(dict(own.model.named_parameters()))), divisors, report))
-    return states
+        yield State(copy.deepcopy(named(dict(own.model.named_parameters()))), divisors, report)

@@ -7,12 +7,13 @@ the layer's other gradients.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from oracle import lesson, memory, noise, training_noise, training_probe, training_reference
+from oracle import echo, lesson, memory, noise, training_noise, training_probe, training_reference
 from oracle.compare import Judge
 from oracle.comparison import Comparison
 from oracle.lesson import Lesson
@@ -71,16 +72,28 @@ def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge)
     """Truth layer by layer, so that its gradients are never held together; the peer's are."""
     (batch,) = lesson.gradient_batches(asked)
     memory.release()  # what the candidate's backward pass used
-    peer: Arrays = {}
-    by_layer(comparison.reference.peer.decoder, batch, peer.update)
-    ready: list[tuple[Finding, bool]] = []
+    decoder, peer = comparison.reference.peer.decoder, Arrays()
+    by_layer(decoder, batch, peer.update)
+    ready: dict[str, tuple[Finding, bool]] = {}
 
-    def compare(layer: Arrays) -> None:
+    def compare(draws: Sequence[Arrays], layer: Arrays) -> None:
         backwards = {name: layer[name] for name in reversed(layer)}
-        ready.extend(_layer_findings(backwards, ours, [peer], judge))
+        ready.update((item[0].tap, item) for item in _layer_findings(backwards, ours, draws, judge))
 
-    by_layer(comparison.reference.truth.decoder, batch, compare)
-    yield from sorted(ready, key=lambda item: _from_the_head(item[0]))
+    by_layer(comparison.reference.truth.decoder, batch, partial(compare, [peer]))
+    doubtful = {name for name, (finding, _) in ready.items() if echo.leave_a_doubt([finding])}
+    if doubtful:
+        draws = [_kept(decoder, batch, doubtful)]
+        draws += [_kept(moved, batch, doubtful) for moved in echo.echoes(decoder)]
+        by_layer(comparison.reference.truth.decoder, batch, partial(compare, draws))
+    yield from sorted(ready.values(), key=lambda item: _from_the_head(item[0]))
+
+
+def _kept(decoder: Decoder, batch: training.Batch, names: Collection[str]) -> Arrays:
+    """Gradients of some parameters."""
+    kept = Arrays()
+    by_layer(decoder, batch, lambda layer: kept.update((name, layer[name]) for name in layer.keys() & names))
+    return kept
 
 
 def _from_the_head(finding: Finding) -> tuple[int, int]:
@@ -122,6 +135,8 @@ def _layer_findings(truth: Arrays, ours: Mapping[str, np.ndarray], peers: Sequen
     for name, gradient in truth.items():
         scales[_layer(name)] = max(scales.get(_layer(name), 0.0), training_noise.rms(gradient))
     for name, gradient in truth.items():
+        if name not in peers[0]:
+            continue  # drawn again without it
         if name not in ours:
             yield Finding(name, _leaf(name), ok=False, problem=LACKS.format("candidate")), False
             continue

@@ -13,7 +13,7 @@ import numpy as np
 from oracle import lesson, noise, training_noise, training_probe, training_reference
 from oracle.compare import Judge
 from oracle.comparison import Comparison
-from oracle.echo import echoes
+from oracle.echo import ALL, echoes
 from oracle.lesson import Lesson
 from oracle.reference import Model
 from oracle.results import Finding, RungResult
@@ -107,8 +107,8 @@ def _losses(model: Model, batch: training.Batch) -> np.ndarray:
 
 def _draws(peer: Model, batch: training.Batch, large: bool) -> list[np.ndarray]:
     """The peer's losses and, where they are cheap, those of its echoes."""
-    further = [] if large else [training_reference.token_losses(decoder, batch) for decoder in echoes(peer.decoder)]
-    return [_losses(peer, batch), *further]
+    moved = () if large else echoes(peer.decoder, ALL)
+    return [_losses(peer, batch), *(training_reference.token_losses(decoder, batch) for decoder in moved)]
 
 
 def _trained(losses: np.ndarray, batch: training.Batch) -> np.ndarray:
