@@ -86,8 +86,8 @@ def _with_op(function: str, wrong: OpFunction) -> Step:
 def offset_by_one(
     config: ModelConfig, params: model.Params, ids: Array, counts: Array, cache: KVCache, **given: Any
 ) -> tuple[model.Output, KVCache]:
-    """After the prefill every step believes that one token more is stored."""
-    shifted = cache._replace(lengths=cache.lengths + (cache.lengths > 0))
+    """Every forward of one token believes that one token more is stored."""
+    shifted = cache._replace(lengths=cache.lengths + (ids.shape[1] == 1))
     output, after = model.forward_cached(config, params, ids, counts, shifted, **given)
     return output, after._replace(lengths=cache.lengths + counts)
 

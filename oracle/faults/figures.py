@@ -113,6 +113,7 @@ def markdown(
         _table("mutant", "model", "dtype", "expected", "found", "said", rows=_shortfalls(tables["catalogue"])),
         "Faults that no list has, and no repair:",
         _table("fault", "model", "dtype", "expected", "found", "said", rows=map(_mutant_row, tables["held out"])),
+        _given_names(tables["held out"]),
         "Two faults at once:",
         _table("faults", "model", "dtype", "expected", "both found", "said", rows=map(_pair_row, tables["pairs"])),
         _table("pair left out", "because", rows=(f"| {id} | {reason} |" for id, reason in skipped)),
@@ -122,6 +123,13 @@ def markdown(
         _table("run", "rung", "tap", "noise", rows=_alarms(records)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _given_names(unknown: Sequence[Record]) -> str:
+    given = [record for record in unknown if record["named"]]
+    true = sum(record["named_first"] for record in given)
+    what = "for what is true of them (`oracle/faults/names.py` says what is)"
+    return f"Of {len(unknown)} such mutants {len(given)} were given a name, {true} of them {what}." if unknown else ""
 
 
 def _table(*columns: str, rows: Any) -> str:
