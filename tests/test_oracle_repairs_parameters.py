@@ -35,7 +35,7 @@ from oracle import diagnosis, models, noise
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.reference import Reference
-from oracle.repairs import parameters
+from oracle.repairs.weights import parameters
 from oracle.results import UNKNOWN, Cause, Finding
 from oracle.rungs.bits import ParameterSite
 

@@ -1,21 +1,15 @@
 """Every repair, narrow ones first: of two that undo a difference alike, the first is named and the other a tie."""
 
-from oracle.repairs import (
-    configuration,
-    conversations,
-    decoding,
-    misread,
-    normalization,
-    operators,
-    parameters,
-    text,
-    training,
-    wiring,
-)
+from oracle.repairs import configuration, wiring
+from oracle.repairs.decode import decoding
+from oracle.repairs.ops import operators
 from oracle.repairs.repair import Repair
+from oracle.repairs.text import conversations, normalization, vocabulary
+from oracle.repairs.training import training
+from oracle.repairs.weights import misread, parameters
 
 REPAIRS: tuple[Repair, ...] = (
-    *text.REPAIRS,
+    *vocabulary.REPAIRS,
     *normalization.REPAIRS,
     *conversations.REPAIRS,
     *parameters.REPAIRS,

@@ -1,0 +1,1 @@
+"""Changes that undo what is wrong with cached steps."""
