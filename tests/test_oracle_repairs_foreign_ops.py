@@ -116,6 +116,11 @@ def overflowing(c: Any, p: Any, x: Any) -> Any:
     return y / y.sum(-1, keepdims=True)
 
 
+def affine_off(c: Any, p: Any, x: Any) -> Any:
+    """torch.nn.LayerNorm(elementwise_affine=False)."""
+    return true.norm(c, {"weight": jnp.ones_like(p["weight"]), "bias": jnp.zeros_like(p["bias"])}, x)
+
+
 def weightless(c: Any, p: Any, x: Any) -> Any:
     return true.norm(c, {**p, "weight": jnp.ones_like(p["weight"])}, x)
 
@@ -190,6 +195,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "sine and cosine narrow": ("linear", BF16, "rope", sine_for_cosine, "RoPE sine and cosine exchanged", []),
     "norm without weight": ("erf", F32, LAYER1, weightless, "norm weight missing", []),
+    "norm without parameters": ("erf", F32, LAYER1, affine_off, "norm weight missing", []),
     "norm without product": ("erf", F32, LAYER1, weightless_product, "norm weight missing", []),
     "norm without weight narrow": ("gpt2", BF16, "layers.1.mlp_norm", weightless, "norm weight missing", []),
     "norm divided by its weight": (
