@@ -100,7 +100,7 @@ def test_a_pass_claims_no_more_than_was_climbed_and_shown(passed: Report):
     text = Read(page.render(passed)).text
     assert "PASS No difference beyond measured noise." in text
     assert "All 4 rungs that were climbed: environment, bits, operators, forward." in text
-    assert "Nothing is said about these:" in text
+    assert f"Nothing is said about {len(passed.hidden)} others:" in text
     assert "decode" in text[text.index("Not climbed:") : text.index("Layer by layer")]
 
 
@@ -295,6 +295,21 @@ def test_the_keyboard_walks_a_map_cell_by_cell(opened: Path, browser: Browser):
     for _ in range(30):
         browser.press("ArrowDown", 40)
     assert browser.ask("document.activeElement.dataset.tip").startswith("logits"), "the last row, and no further"
+
+
+def test_the_many_kinds_of_fault_are_folded_away_and_fit_a_phone_unfolded(
+    opened: Path, browser: Browser, faulty: Report
+):
+    browser.open(opened, width=360)
+    mine = "[...document.querySelectorAll('details')].filter(d => d.innerText.includes('known kinds of fault'))"
+    assert browser.ask(f"{mine}.length") == 1
+    assert browser.ask(f"{mine}[0].open") is False
+    assert len(faulty.exposed) > 50
+    assert faulty.exposed[-1] not in browser.ask("document.body.innerText")
+    browser.ask("document.querySelectorAll('summary').forEach(summary => summary.click())")
+    shown = browser.ask("document.body.innerText")
+    assert not [name for name in (*faulty.exposed, *faulty.hidden) if name not in shown]
+    assert browser.ask("document.documentElement.scrollWidth") <= 360
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -245,9 +245,9 @@ def exposure(report: Report) -> Markup:
         reasons.setdefault(reason, []).append(fault)
     known = len(report.exposed) + len(report.hidden)
     shown = folded(f"Would have shown {len(report.exposed)} of {known} known kinds of fault", _list(report.exposed))
-    hidden = [tag("li", tag("strong", f"{_upper(reason)}: "), ", ".join(names)) for reason, names in reasons.items()]
-    lead = tag("p", "Nothing is said about these:") if hidden else ""
-    return section("What these inputs could expose", shown, lead, tag("ul", *hidden) if hidden else "")
+    lead = tag("p", f"Nothing is said about {len(report.hidden)} others:") if reasons else ""
+    hidden = (folded(f"{_upper(reason)}: {len(names)}", _list(names)) for reason, names in reasons.items())
+    return section("What these inputs could expose", shown, lead, *hidden)
 
 
 def _list(names: Sequence[str]) -> Markup:
