@@ -23,7 +23,7 @@ ECHOES = 2
 FURTHER = range(ECHOES, 7)
 """Numbers of the echoes that are drawn where those leave a doubt: together as t⁻⁸."""
 ALL = range(FURTHER.stop)
-DOUBTFUL = (2.0, 300.0)
+DOUBTFUL, HOPELESS = 2.0, 300.0
 """Multiples of the noise of the draws so far that an honest implementation may reach by their luck."""
 UNTOUCHED = ("embed.tokens", "embed.positions", "_heads", "attn.keys", "attn.values", "attn.masked", "attn.merged")
 """Taps that are copies of numbers, in which no rounding happens; some share the memory of others."""
@@ -72,10 +72,9 @@ class Forgetful(Changing):
         super().__setitem__(tap, value)
 
 
-def leave_a_doubt(findings: Iterable[Finding]) -> bool:
+def leave_a_doubt(findings: Iterable[Finding], least: float = DOUBTFUL) -> bool:
     """Whether one of them may be due to draws that were all lucky."""
-    least, most = DOUBTFUL
-    return any(least < finding.noise < most for finding in findings)
+    return any(least < finding.noise < HOPELESS for finding in findings)
 
 
 def echoes(decoder: Decoder, numbers: Iterable[int] = range(ECHOES)) -> Iterator[Decoder]:

@@ -163,7 +163,7 @@ def threads(*, large: bool) -> Generator[None, None, None]:
         torch.set_num_threads(before)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def gradients(
     reference: Reference, corpus: Corpus, settings: TrainSettings
 ) -> tuple[tuple[float, Arrays], tuple[float, Arrays]]:
@@ -176,7 +176,7 @@ def gradients(
     return truth, peer
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def echoed_gradients(reference: Reference, corpus: Corpus, settings: TrainSettings) -> list[Arrays]:
     """Further draws of the noise in the peer's gradient of a small model."""
     batches = training_reference.micro_batches(corpus, settings)
@@ -215,7 +215,7 @@ class Course:
         return sum(state.report.grad_norm >= limit for state in self.truth)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettings) -> Course:
     """Truth's steps and the peer's, its in float32; `ids` is 0 for the whole model, else the part's vocabulary."""
     batches = training_reference.micro_batches(corpus, settings)
@@ -238,9 +238,13 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
         def draw(numbers: Iterable[int]) -> list[ByStep]:
             return [compared(model) for model in echoes(peer, numbers)]
 
+        def lighter(number: int, state: State) -> State:
+            return state if number in COMPARED else dataclasses.replace(state, parameters={})
+
         start = training_reference.named(dict(truth.named_parameters()))
+        true = [lighter(number, state) for number, state in enumerate(steps(truth, torch.float64), 1)]
         draws = [compared(peer), *draw(() if ids else range(ECHOES))]
-        return Course(norm, start, list(steps(truth, torch.float64)), draws, draw)
+        return Course(norm, start, true, draws, draw)
 
 
 def _on_grid(norm: float) -> float:

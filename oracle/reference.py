@@ -6,7 +6,7 @@ candidate's weights are the right ones is the business of the rung bits.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,9 @@ class Reference:
             raise InputError(f"the reference cannot load {folder}: {error}") from error
         return cls(Model(_in_float64(peer)), Model(peer))
 
-    def draws(self, probe: Probe) -> list[streaming.Taps]:
+    def draws(self, probe: Probe, numbers: Iterable[int] = range(ECHOES)) -> list[streaming.Taps]:
         """Streams of the peer and of its echoes: draws of what rounding costs."""
-        return [self.peer.stream(probe), *(self.peer.stream(probe, echo(number)) for number in range(ECHOES))]
+        return [self.peer.stream(probe), *(self.peer.stream(probe, echo(number)) for number in numbers)]
 
     def logit_draws(self, ids: np.ndarray) -> list[np.ndarray]:
         """(B, T, V) logits of the peer and of its echoes."""

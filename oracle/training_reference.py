@@ -87,6 +87,7 @@ class State:
     """A reference's parameters after a step, and what it said of the step."""
 
     parameters: Arrays
+    """None of them after steps that are not compared: of a large model they would fill the memory."""
     divisors: Arrays
     """√v̂ + ε of Adam's last update."""
     report: training.Report

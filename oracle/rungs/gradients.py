@@ -84,7 +84,7 @@ def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge)
     doubtful = {name for name, (finding, _) in ready.items() if echo.leave_a_doubt([finding])}
     if doubtful:
         draws = [_kept(decoder, batch, doubtful)]
-        draws += [_kept(moved, batch, doubtful) for moved in echo.echoes(decoder)]
+        draws += [_kept(moved, batch, doubtful) for moved in echo.echoes(decoder, echo.ALL)]
         by_layer(comparison.reference.truth.decoder, batch, partial(compare, draws))
     yield from sorted(ready.values(), key=lambda item: _from_the_head(item[0]))
 
