@@ -146,27 +146,31 @@ def measure(
     allowed = [inputs[1]] if op.function == "mask" else None
     if op.function == "store":
         judge = replace(judge, calibration=_EXACT)
-    compare = partial(judge.finding, op, [ours], [truth], [peer], allowed=allowed, where=where)
-    finding = compare()
+    finding = judge.finding(op, [ours], [truth], [peer], allowed=allowed, where=where)
     if op.function in SUMS and echo.leave_a_doubt([finding]):
         dtype = jnp.dtype("float32" if op.function in WIDE else judge.dtype)
-        finding = compare(echoes=_orders(reference, op, inputs, dtype))
+        orders = _orders(reference, op, inputs, dtype)
+        finding = judge.finding(op, [ours], [truth], [peer], where=where, echoes=orders)
     return [finding], ours.dtype
 
 
 SUMS = ("projection", "head")
 """Sums of many products, of which a few may cancel each other: then the order of the sum decides the error."""
 
+LANES = 4
+"""Of the narrowest vector unit in use, 128 bits wide."""
+
 
 def _orders(reference: Reference, op: Op, inputs: list[np.ndarray], dtype: np.dtype) -> list[list[np.ndarray]]:
     """What the op may answer with its sum in other orders, and rounded before its bias is added.
 
-    A sum of n products in whatever order is, with high probability, the exact sum of products
-    that are moved by about √n roundings (Higham & Mary 2019, theorem 3.1); sums are in float32.
+    A sum of n products, one after the other, is with high probability the exact sum of products
+    that are moved by about √n roundings (Higham & Mary 2019, theorem 3.1). Sums are in float32,
+    and as many at a time as a vector unit has lanes.
     """
     answers: list[list[np.ndarray]] = []
     rng, (x, *others) = np.random.default_rng(0), inputs
-    reach = noise.EPSILON["float32"] / 2 * x.shape[-1] ** 0.5
+    reach = noise.EPSILON["float32"] / 2 * max(1.0, x.shape[-1] / LANES) ** 0.5
     bias = reference.truth.run_op(op, [np.zeros_like(x), *others])
     for _ in echo.FURTHER:
         moved = x.astype(np.float32) * (1 + reach * rng.uniform(-1, 1, x.shape)).astype(np.float32)
