@@ -173,14 +173,12 @@ def test_equivalent_mutants_change_no_bit_of_the_logits():
 def test_the_optimizer_written_out_without_a_mistake_is_the_products():
     true = trial.subject("gpt2", "float32")
     candidate = optimized(Rules())(true.candidate)
-    unlimited = ladder.uncalibrated()
+    limits = noise.stored_calibration()
     with jax.default_matmul_precision("highest"):
-        mine, theirs = (
-            optimizer.run(Comparison(chosen, true.reference, None, true.folder, unlimited, mutants.SEED))
-            for chosen in (candidate, true.candidate)
-        )
-    worst = [max(finding.noise for finding in result.findings) for result in (mine, theirs)]
-    assert worst[0] == pytest.approx(worst[1], rel=0.1)
+        for chosen in (candidate, true.candidate):
+            result = optimizer.run(Comparison(chosen, true.reference, None, true.folder, limits, mutants.SEED))
+            # They add in another order, so that each has its own rounding.
+            assert [finding for finding in result.findings if not finding.ok or finding.noise > 3] == []
     assert training_probe.SETTINGS.weight_decay > 0
 
 

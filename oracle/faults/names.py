@@ -23,8 +23,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "query, key and value swapped",
     ),
     "the fused qkv matrix is packed by head and was split as if by part": ("qkv packing order",),
-    "key and value are swapped": ("query, key and value swapped",),
-    "query and key are swapped": ("query, key and value swapped",),
+    # In a fused matrix, which order it was taken in.
+    "key and value are swapped": ("query, key and value swapped", "qkv packing order"),
+    "query and key are swapped": ("query, key and value swapped", "qkv packing order"),
     "the columns of query and key have RoPE's pairs side by side": ("rows permuted for interleaved RoPE",),
     "the heads of key and value are in another order": ("heads permuted", "GQA repeat against tile"),
     "the value's heads are permuted": ("heads permuted",),
@@ -208,7 +209,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "a step overwrites the slot before": (
         "stale cache slot",
         "cache slot off by one",
-        "keys and values in the wrong slots",
+        "keys and values stored wrongly in cached steps",
     ),
     "steps do not store their keys": ("new keys and values not stored",),
     "the cache is in a narrower dtype": ("cache dtype too low", "computed in bfloat16", "computed in float16"),
@@ -219,7 +220,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "values replaced by keys",
     ),
     "slots are counted modulo a window": (
-        "keys and values in the wrong slots",
+        "keys and values stored wrongly in cached steps",
         "cache slots wrapped around",
     ),
     "cached steps have another RoPE theta": ("wrong rope theta",),
@@ -306,7 +307,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "the embedding gets no gradient": ("parameter not trained",),
     "norms get no gradient": ("parameter not trained",),
     "the key's bias gets no gradient": ("parameter not trained",),
-    "the schedule counts micro-batches as steps": ("schedule counted in micro-batches",),
+    # The change names the setting: 20 steps instead of 60.
+    "the schedule counts micro-batches as steps": ("schedule counted in micro-batches", "wrong learning-rate schedule"),
     "embeddings do not decay": (
         "weight decay missing",
         "wrong weight decay",
@@ -338,5 +340,21 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "the mask is multiplied with the scores": ("mask multiplied into the scores",),
     "the queries are normalised": ("queries or keys normalised",),
     "the scores have a bias of distance": ("linear position bias added to the scores",),
+    # Unknown faults of which a general name is true: it says what to look at, and where.
+    "column of zeros": ("some elements zeroed",),
+    "small weights pruned": ("some elements zeroed",),
+    "shards joined in another order": ("rows or columns in another order",),
+    "norm over the sequence": ("norm over the wrong axis",),
+    "last output projection for all": ("an op uses another module's parameters",),
+    "given positions ignored": ("position ids do not restart with a document",),
+    "MLP of another layer's norm": OTHER_READS,
+    "keys of a stale norm": OTHER_READS,
+    # The MLP is added to the stream before attention: what attention gave is lost.
+    "residual not renewed": ("attention's residual contributes nothing",),
+    "odd rows two behind": ("wrong positions in cached steps",),
+    "mask of the shortest row": ("wrong mask in cached steps",),
+    "every fourth slot empty": ("cache handed on is not the one read",),
+    "last layer's cache for all": ("cache handed on is not the one read",),
+    "first head stored only": ("keys and values stored wrongly in cached steps",),
 }
-"""Names by the cause that the catalogue gives."""
+"""Names by the cause that the catalogue gives; of unknown faults by their own."""

@@ -103,8 +103,9 @@ def _or(mask: np.ndarray, also: np.ndarray) -> np.ndarray:
 
 
 def last_not_trained(batch: Batch) -> dict[str, np.ndarray]:
-    """The last trained place of each run is left out: the end of a reply is never learnt."""
-    return {"mask": batch["mask"] * (_next(batch["mask"]) > 0)}
+    """The last trained place of each reply is left out: its end is never learnt. Conversations begin untrained."""
+    is_kept = (_next(batch["mask"]) > 0) | (batch["mask"][:, :1] > 0)
+    return {"mask": batch["mask"] * is_kept}
 
 
 def positions_run_on(batch: Batch) -> dict[str, np.ndarray]:
@@ -242,8 +243,8 @@ def last_only(so_far: Array, new: Array) -> Array:
 
 
 def in_bfloat16(so_far: Array, new: Array) -> Array:
-    """Gradients are added up in bfloat16."""
-    return (so_far.astype(jnp.bfloat16) + new.astype(jnp.bfloat16)).astype(so_far.dtype)
+    """Gradients are added up in bfloat16: casts to it and back would be optimized away."""
+    return jax.lax.reduce_precision(so_far + jax.lax.reduce_precision(new, 8, 7), 8, 7)
 
 
 def divided_again(config: ModelConfig, found: Gradients, batches: Any) -> Gradients:

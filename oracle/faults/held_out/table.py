@@ -28,6 +28,7 @@ from oracle.faults.held_out import parameters as p
 from oracle.faults.held_out import text as x
 from oracle.faults.held_out import training as t
 from oracle.faults.held_out import wiring as w
+from oracle.faults.names import NAMES
 from oracle.faults.text import rendered, spoken
 from oracle.faults.training import Recipe, Rules, learning, optimized, packed
 from oracle.faults.weights import edited
@@ -50,7 +51,8 @@ def _unlisted(
     needs: str = "",
 ) -> Fault:
     where = at(tap) if isinstance(tap, str) else tap
-    return Fault(name, name, plant, rung, where, applies, dtypes=dtypes, needs=needs)
+    names = frozenset(NAMES.get(name, ()))
+    return Fault(name, name, plant, rung, where, applies, names=names, dtypes=dtypes, needs=needs)
 
 
 def _last_mlp(config: ModelConfig) -> str:

@@ -214,7 +214,7 @@ _TABLE: tuple[tuple[str, str, Callable[[Site], Iterator[Variant]]], ...] = (
     ("wrong ids in cached steps", _INPUTS, inputs_of("embed.tokens")),
     ("wrong positions in cached steps", _INPUTS, _other_positions),
     ("wrong mask in cached steps", _INPUTS, _wrong_mask),
-    ("keys and values in the wrong slots", _INPUTS, inputs_of("attn.keys", "attn.values")),
+    ("keys and values stored wrongly in cached steps", _INPUTS, inputs_of("attn.keys", "attn.values")),
 )
 REPAIRS: tuple[Repair, ...] = (
     *step_masks.REPAIRS,

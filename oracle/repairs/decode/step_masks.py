@@ -38,6 +38,11 @@ class Places:
         """Each token sees itself and what came before."""
         return self.key <= self.query
 
+    @property
+    def longest(self) -> Any:
+        """(1, T, 1): the slot of each token of the longest row."""
+        return jnp.where(self.query < self.key.shape[0], self.query, -1).max(axis=0, keepdims=True)
+
 
 Pattern = Callable[[Places], Any]
 BLIND, AHEAD, FUTURE, PADDING = (
@@ -57,6 +62,7 @@ PATTERNS: tuple[tuple[str, str, Pattern], ...] = (
     ),
     (FUTURE, "with all but earlier tokens hidden", lambda at: at.right | (at.width > 1)),
     (PADDING, "with unwritten slots hidden", lambda at: at.right | (at.key >= at.end)),
+    (PADDING, "with the padding of the batch hidden", lambda at: at.right | (at.key <= at.longest)),
     (PADDING, "with all but earlier tokens hidden", lambda at: at.right | True),
 )
 """Wrong masks, (B, T, S): the cause, what undoes them, and how they come about."""

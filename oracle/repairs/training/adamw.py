@@ -113,7 +113,7 @@ class Replay:
         m, v = (0.0, 0.0) if r.forgets else self.moments.get(name, (0.0, 0.0))
         m, v = r.beta1 * m + (1 - r.beta1) * gradient, r.beta2 * v + (1 - r.beta2) * np.square(gradient)
         self.moments[name] = m, v
-        moved = -r.rates[step] * r.direction(m, v, 1 if r.forgets else self.count + 1, r)
+        moved = -r.rates[step] * r.direction(m, v, self.count + 1, r)
         return moved - r.of_decay[step] * decay * (parameter + moved if r.decay_last else parameter)
 
 

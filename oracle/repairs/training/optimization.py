@@ -210,7 +210,8 @@ def _by_value(site: Site, right: Recipe) -> Iterator[tuple[str, Recipe]]:
     # A limit that hardly any step reaches is no clipping.
     steps = site.once(adamw.course).gradients
     largest = np.median([max(float(np.abs(g).max(initial=0.0)) for g in found.values()) for found in steps])
-    for limit in (limit for limit in (right.clip_norm, 1.0, 0.5, 0.1, 0.01) if limit < largest):
+    shares = (right.clip_norm * share for share in (1.0, 0.1, 0.01, 0.001))
+    for limit in (limit for limit in (*shares, 1.0, 0.5, 0.1, 0.01, 0.001) if limit < largest):
         yield (
             "with clipping by the global norm in place of each element",
             replace(right, clip=by_value, clip_norm=limit),
@@ -232,7 +233,15 @@ def _everything_decays(_: Site, right: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _undecayed(_: Site, right: Recipe) -> Iterator[tuple[str, Recipe]]:
+    def but_embeddings(name: str, parameter: np.ndarray) -> bool:
+        return adamw.matrices(name, parameter) and not name.startswith("embed.")
+
+    def but_ids(name: str, parameter: np.ndarray) -> bool:
+        return but_embeddings(name, parameter) and not name.startswith("head.")
+
     yield "with decay applied after the step", replace(right, weight_decay=0.0)
+    yield "with decay of the embeddings applied after the step", replace(right, decays=but_embeddings)
+    yield "with decay of embeddings and head applied after the step", replace(right, decays=but_ids)
 
 
 def _coupled(_: Site, right: Recipe) -> Iterator[tuple[str, Recipe]]:
