@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from oracle import lesson
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
@@ -95,8 +93,8 @@ def _key(finding: Finding) -> Key:
     return finding.tap, finding.op, finding.where
 
 
-WRONG = 1e-3
-"""Relative error of the loss that a step reports, beyond which its loss is not the agreed one."""
+WRONG = 1e-4
+"""Relative error of the loss and the gradient's norm that a step reports, beyond which they are not the agreed ones."""
 
 
 def _wrong_functions(site: TrainingSite) -> tuple[str, ...]:
@@ -106,18 +104,19 @@ def _wrong_functions(site: TrainingSite) -> tuple[str, ...]:
     wrong = ["losses"] if loss.TOKENS in broken else []
     if site.rung == "gradients" or loss.MEAN in broken:
         wrong.append("gradients")
-    if _first_loss(site) > WRONG:
+    if _first_report(site) > WRONG:
         wrong.append("step")
     return tuple(wrong)
 
 
-def _first_loss(site: TrainingSite) -> float:
-    """Relative error of what the first step says its loss was."""
+def _first_report(site: TrainingSite) -> float:
+    """Relative error of what the first step says its loss was, and the norm of its gradient."""
     asked = lesson.part(site.comparison)
     course = lesson.course_of(site.comparison)
     ((_, report),) = asked.steps(lesson.groups(asked), course.clip_norm, 1)
-    truth = course.truth[0].report.loss
-    return float(np.abs(float(report.loss) - truth) / truth)
+    truth = course.truth[0].report
+    pairs = (report.loss, truth.loss), (report.grad_norm, truth.grad_norm)
+    return max(abs(float(told) - true) / true for told, true in pairs)
 
 
 def of(rung: str) -> Callable[[Comparison, Finding], Site]:

@@ -356,5 +356,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "every fourth slot empty": ("cache handed on is not the one read",),
     "last layer's cache for all": ("cache handed on is not the one read",),
     "first head stored only": ("keys and values stored wrongly in cached steps",),
+    "spaces cleaned up": ("decoded text changed",),
 }
 """Names by the cause that the catalogue gives; of unknown faults by their own."""
