@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from queue import Empty
+from threading import Thread
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -109,6 +110,7 @@ def _next(results: "Queue[Any]", processes: Sequence[SpawnProcess]) -> Any:
 
 
 def _serve(tasks: "Queue[Any]", results: "Queue[Any]", work: Callable[[Any], Any], core: int | None) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     # As many processes as cores: threads of torch and XLA would only wait for each other.
     torch.set_num_threads(1)
     if core is not None:
@@ -119,3 +121,11 @@ def _serve(tasks: "Queue[Any]", results: "Queue[Any]", work: Callable[[Any], Any
                 results.put((False, answer))
     except Exception as error:
         results.put((True, f"{type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed takes nobody with it, and its tasks would be done for no one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +275,45 @@ def test_two_processes_do_every_task_and_a_failure_is_raised_here():
     assert sorted(workers.answers([[1, 2], [3]], squared, processes=2)) == [1, 4, 9]
     with pytest.raises(workers.WorkerFailed, match="ValueError: negative"):
         list(workers.answers([[1], [-1]], squared, processes=2))
+
+
+ORPHANED = """
+import os, sys, time
+from oracle import workers
+
+def sleep(path):
+    open(path, "w").write(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    list(workers.answers([sys.argv[1:2], sys.argv[2:]], sleep, processes=2))
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_end_with_the_one_that_was_killed(tmp_path: Path):
+    script, files = tmp_path / "orphaned.py", [tmp_path / name for name in ("one", "two")]
+    script.write_text(ORPHANED)
+    parent = subprocess.Popen([sys.executable, script, *files], cwd=Path(workers.__file__).parent.parent)
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_alive(int(file.read_text())) for file in files))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # -- Where the limits do not hold ------------------------------------------------------
