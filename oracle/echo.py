@@ -23,6 +23,7 @@ ECHOES = 2
 FURTHER = range(ECHOES, 7)
 """Numbers of the echoes that are drawn where those leave a doubt: together as t⁻⁸."""
 ALL = range(FURTHER.stop)
+"""Numbers of every echo."""
 DOUBTFUL, HOPELESS = 2.0, 300.0
 """Multiples of the noise of the draws so far that an honest implementation may reach by their luck."""
 UNTOUCHED = ("embed.tokens", "embed.positions", "_heads", "attn.keys", "attn.values", "attn.masked", "attn.merged")

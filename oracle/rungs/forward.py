@@ -19,17 +19,19 @@ from oracle.reference import Reference, to_numpy
 from oracle.results import Finding, Residual, RungResult
 from oracle.site import Site
 from oracle.streaming import Reader
+from oracle.training_probe import is_large
 
 NAME = "forward"
 DOUBTFUL = 1.5
 """Multiples of the noise from which more draws are made of it: sooner than elsewhere, since one forward is cheap and
-an error that one number of one layer carries is in every tap behind it."""
+an error that one number of one layer carries is in every tap behind it. Not of a large model: its logits alone
+would fill the memory."""
 
 
 def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) -> RungResult:
     """One finding per tap in execution order, then the logits' KL, then taps the candidate lacks."""
     findings = _findings(candidate, reference, probe, judge, range(ECHOES))
-    if leave_a_doubt(findings, DOUBTFUL):
+    if leave_a_doubt(findings, DOUBTFUL) and not is_large(candidate.config):
         findings = _findings(candidate, reference, probe, judge, ALL)
     return RungResult(NAME, findings, _summary(findings))
 
@@ -145,7 +147,8 @@ def sites(comparison: Comparison, findings: Sequence[Finding]) -> Iterator[Site]
     probe, reference = comparison.sequences(), comparison.reference
     forwards, allowed = Forwards(probe), list[np.ndarray]()
     with ExitStack() as stack:
-        streams = [reference.truth.stream(probe), *reference.draws(probe, ALL)]
+        numbers = range(ECHOES) if is_large(comparison.candidate.config) else ALL
+        streams = [reference.truth.stream(probe), *reference.draws(probe, numbers)]
         readers = [Reader(stack.enter_context(closing(items))) for items in streams]
         for op in ops(comparison.candidate.config):
             theirs = [to_numpy(value) for value in (reader.take(op.tap) for reader in readers) if value is not None]

@@ -23,6 +23,9 @@ from oracle.training_reference import Arrays
 from torchref import Decoder, training
 
 NAME = "gradients"
+DOUBTFUL = 2.5
+"""Multiples of the noise from which a large model's noise is drawn again: later than a small one's, since each draw is
+a backward pass."""
 ZERO = 1e-9
 """A true gradient below this share of its layer's scale is zero by the model's mathematics."""
 
@@ -81,7 +84,7 @@ def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge)
         ready.update((item[0].tap, item) for item in _layer_findings(backwards, ours, draws, judge))
 
     by_layer(comparison.reference.truth.decoder, batch, partial(compare, [peer]))
-    doubtful = {name for name, (finding, _) in ready.items() if echo.leave_a_doubt([finding])}
+    doubtful = {name for name, (finding, _) in ready.items() if echo.leave_a_doubt([finding], DOUBTFUL)}
     if doubtful:
         draws = [_kept(decoder, batch, doubtful)]
         draws += [_kept(moved, batch, doubtful) for moved in echo.echoes(decoder, echo.ALL)]

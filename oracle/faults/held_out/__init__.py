@@ -1,7 +1,7 @@
 """Faults that stand in no list and for which nobody writes a repair.
 
 They measure what the oracle does with what it has never seen: it must say where it
-begins and call it unknown. A name for any of them is confidently wrong.
+begins and call it unknown. A name that is not true of it is confidently wrong.
 """
 
 from oracle.faults.held_out.table import HELD_OUT
