@@ -89,6 +89,8 @@ def explain(comparison: Comparison, rung: RungResult) -> tuple[Cause, Candidate 
     found = [attempt for attempt in attempts if _undoes(attempt, site.finding)]
     if not found:
         return _unknown(comparison, rung, site, attempts)
+    if len({attempt.repair.cause for attempt in found}) > 1:
+        found = [attempt for attempt in found if site.holds_further(attempt.variant.candidate)] or found
     best = found[0]
     candidate, others = _everywhere(comparison, rung, best)
     tied = dict.fromkeys(a.repair.cause for a in found if a.repair.cause != best.repair.cause)

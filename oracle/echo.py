@@ -49,7 +49,7 @@ def echo(number: int) -> OnTap:
         # In the dtype's own precision a move below half an ulp would be lost; rounding makes it a chance of one.
         wide = torch.promote_types(value.dtype, torch.float32)
         share = torch.rand(value.shape, generator=generator, dtype=wide).mul_(2).sub_(1)
-        return (value * (1 + EPSILON[value.dtype] * share)).to(value.dtype)
+        return share.mul_(EPSILON[value.dtype]).add_(1).mul_(value).to(value.dtype)
 
     return move
 

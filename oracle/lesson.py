@@ -69,20 +69,20 @@ class Lesson:
             loss, gradients = self.candidate.training.gradients(*given)
             return float(loss), {name: np.asarray(array) for name, array in gradients.items()}
 
-    def steps(self, groups: Grouped, clip_norm: float, count: int) -> list[tuple[dict[str, np.ndarray], StepReport]]:
+    def steps(self, groups: Grouped, clip_norm: float, count: int) -> Iterator[tuple[Arrays, StepReport]]:
         """The candidate's parameters after each step, in float32; `clip_norm` is the unit of the settings' own."""
         config = training_probe.without_dropout(self.candidate.config)
         settings = scaled(self.own_settings, clip_norm)
         stacks = [_stacked(group) for group in groups]
-        answers: list[tuple[dict[str, np.ndarray], StepReport]] = []
         with unrunnable("training step"):
             state = train_step.initial_state(self.master, settings)
-            for number in range(count):
-                stack = stacks[number % len(stacks)]
-                state, report = self.candidate.training.step(config, settings, "float32", state, stack)
+        for number in range(count):
+            with unrunnable("training step"):
+                given = config, settings, "float32", state, stacks[number % len(stacks)]
+                state, report = self.candidate.training.step(*given)
                 # The next step uses up the state's buffers.
-                answers.append(({name: np.array(array) for name, array in state.params.items()}, report))
-        return answers
+                params = {name: np.array(array) for name, array in state.params.items()}
+            yield params, report
 
 
 def scaled(settings: TrainSettings, clip_norm: float) -> TrainSettings:
@@ -198,6 +198,7 @@ class Course:
     """About the first step's gradient norm: the unit of the settings' clip norm."""
     start: Arrays
     truth: Sequence[State]
+    """Arrays of compared steps only: of a large model all would fill the memory."""
     draws: Sequence[ByStep]
     """The peer's parameters and, of a small model, its echoes'."""
     draw: Callable[[Iterable[int]], list[ByStep]]
@@ -228,7 +229,7 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
 
         def steps(model: Decoder, dtype: torch.dtype) -> Iterator[State]:
             trainer = training_reference.trainer(model, scaled(settings, norm), dtype)
-            return training_reference.steps(trainer, grouped, settings.steps)
+            return training_reference.steps(trainer, grouped, settings.steps, COMPARED)
 
         def compared(model: Decoder) -> ByStep:
             with threads(large=bool(ids)):
@@ -238,13 +239,16 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
         def draw(numbers: Iterable[int]) -> list[ByStep]:
             return [compared(model) for model in echoes(peer, numbers)]
 
-        def lighter(number: int, state: State) -> State:
-            return state if number in COMPARED else dataclasses.replace(state, parameters={})
-
         start = training_reference.named(dict(truth.named_parameters()))
-        true = [lighter(number, state) for number, state in enumerate(steps(truth, torch.float64), 1)]
+        true = list(steps(truth, torch.float64))
         draws = [compared(peer), *draw(() if ids else range(ECHOES))]
         return Course(norm, start, true, draws, draw)
+
+
+def forget() -> None:
+    """Drop the reference's answers: those of a large model fill a quarter of the memory."""
+    for answers in (gradients, echoed_gradients, course):
+        answers.cache_clear()
 
 
 def _on_grid(norm: float) -> float:

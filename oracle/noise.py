@@ -27,8 +27,8 @@ from oracle.results import Inconclusive
 CALIBRATION = Path(__file__).with_name("calibration.json")
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
 """Distance from 1 to the next number."""
-CHUNK = 1 << 22
-"""Elements handled at once in float64, which bounds the memory of large tensors."""
+CHUNK = 1 << 17
+"""Elements handled at once in float64: one MiB, which stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +123,36 @@ def _chunks(piece: Versions) -> Iterator[list[np.ndarray]]:
 
 
 def _accumulate(sums: _Sums, chunk: Versions, smallest: float) -> None:
-    candidate, truth, *peers = (array.astype(np.float64) for array in chunk)
-    named = [("candidate", candidate), ("reference in float64", truth), *(("reference", peer) for peer in peers)]
-    sums.problems += [f"the {side} has NaN or infinite values" for side, array in named if not np.isfinite(array).all()]
+    candidate, true, *peers = chunk
+    sums.problems += not_finite(candidate, true, peers)
     if sums.problems:
         return
-    scale = np.maximum(np.abs(truth).max(axis=-1, keepdims=True), max(smallest, np.finfo(np.float64).tiny))
-    candidate = np.abs(candidate - truth)
-    sums.truth += float(np.square(truth).sum())
-    sums.candidate += float(np.square(candidate).sum())
-    sums.candidate_worst = max(sums.candidate_worst, float((candidate / scale).max()))
+    truth = true.astype(np.float64, copy=False)
+    scale = np.maximum(_largest(truth), max(smallest, np.finfo(np.float64).tiny))
+    ours, *theirs = (np.subtract(array, truth, dtype=np.float64) for array in (candidate, *peers))
+    sums.truth += squares(truth)
+    sums.candidate += squares(ours)
+    sums.candidate_worst = max(sums.candidate_worst, float((_largest(ours) / scale).max()))
     sums.peers = sums.peers or [0.0] * len(peers)
-    for index, error in enumerate(np.abs(peer - truth) for peer in peers):
-        sums.peers[index] += float(np.square(error).sum())
-        sums.peer_worst = max(sums.peer_worst, float((error / scale).max()))
+    for index, error in enumerate(theirs):
+        sums.peers[index] += squares(error)
+        sums.peer_worst = max(sums.peer_worst, float((_largest(error) / scale).max()))
+
+
+def not_finite(candidate: np.ndarray, truth: np.ndarray, peers: Sequence[np.ndarray]) -> list[str]:
+    """What is to be said of arrays with NaN or infinite values."""
+    named = [("candidate", candidate), ("reference in float64", truth), *(("reference", peer) for peer in peers)]
+    return [f"the {side} has NaN or infinite values" for side, array in named if not np.isfinite(array).all()]
+
+
+def squares(array: np.ndarray) -> float:
+    """Their sum. A scalar product would be sooner done, but by threads that then wait in the way of torch's."""
+    return float(np.square(array).sum())
+
+
+def _largest(array: np.ndarray) -> np.ndarray:
+    """Of the magnitudes in each row."""
+    return np.maximum(array.max(axis=-1), -array.min(axis=-1))
 
 
 def kl_ratios(pieces: Sequence[Versions], epsilon: float) -> tuple[Ratios, float]:

@@ -54,6 +54,10 @@ class Site:
         key = self.finding.op, self.finding.where
         return finding.tap == self.finding.tap and (not key[0] or (finding.op, finding.where) == key)
 
+    def holds_further(self, candidate: Candidate) -> bool:
+        """Whether a change that undoes the difference also holds where more can be asked: tells apart what is tied."""
+        return True
+
     def residual(self) -> Residual | None:
         """What the difference looks like, where it is one of tensors."""
         return None

@@ -9,13 +9,13 @@ from jaxgpt import checkpoint
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf
-from oracle import diagnosis, ladder, memory, preconditions
+from oracle import diagnosis, ladder, lesson, memory, preconditions, training_probe
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import Reference
 from oracle.results import Report
-from oracle.rungs import bits
+from oracle.rungs import bits, decode
 from oracle.text import Text
 
 
@@ -68,6 +68,8 @@ def compare(
     def begins(name: str) -> None:
         if not name.endswith(bits.NAME):
             bits.forget()
+        if name == decode.NAME and training_probe.is_large(chosen.config):
+            lesson.forget()
         memory.release()
         progress(name)
 

@@ -44,10 +44,10 @@ class _Size:
 
     def add(self, array: np.ndarray) -> "_Size":
         for piece in _pieces(array):
-            wide = np.abs(piece.astype(np.float64))
-            self.squares += float(np.square(wide).sum())
+            wide = piece.astype(np.float64, copy=False)
+            self.squares += noise.squares(wide)
             self.count += wide.size
-            self.peak = max(self.peak, float(wide.max(initial=0.0)))
+            self.peak = max(self.peak, float(wide.max(initial=0.0)), -float(wide.min(initial=0.0)))
         return self
 
     @property
@@ -73,10 +73,8 @@ def measure(
     if candidate.shape != truth.shape:
         return _problem(f"shape {list(candidate.shape)}, the reference has {list(truth.shape)}")
     peers = [peer, *echoes]
-    named = [("candidate", candidate), ("reference in float64", truth), *(("reference", array) for array in peers)]
-    for side, array in named:
-        if not all(np.isfinite(piece).all() for piece in _pieces(array)):
-            return _problem(f"the {side} has NaN or infinite values")
+    if problems := noise.not_finite(candidate, truth, peers):
+        return _problem(problems[0])
     true, ours, *theirs = (_difference(array, truth) for array in (None, candidate, *peers))
     rms, largest = max(error.rms for error in theirs), max(error.peak for error in theirs)
     size, peak = max(true.rms, unit.scale), max(true.peak, unit.scale)
@@ -92,9 +90,8 @@ def _difference(array: np.ndarray | None, truth: np.ndarray) -> _Size:
     found = _Size()
     for index, true in enumerate(_pieces(truth)):
         start = index * noise.CHUNK
-        wide = true.astype(np.float64)
-        piece = None if array is None else array.reshape(-1)[start : start + noise.CHUNK].astype(np.float64)
-        found.add(wide if piece is None else piece - wide)
+        piece = None if array is None else array.reshape(-1)[start : start + noise.CHUNK]
+        found.add(true if piece is None else np.subtract(piece, true, dtype=np.float64))
     return found
 
 

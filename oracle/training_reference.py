@@ -6,7 +6,7 @@ they belong to; the candidate's name table has no part in it.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,15 +87,19 @@ class State:
     """A reference's parameters after a step, and what it said of the step."""
 
     parameters: Arrays
-    """None of them after steps that are not compared: of a large model they would fill the memory."""
     divisors: Arrays
-    """√v̂ + ε of Adam's last update."""
+    """The smallest √v̂ + ε so far that Adam divided each element by, in float32."""
     report: training.Report
 
 
-def steps(own: training.Trainer, groups: Sequence[Sequence[training.Batch]], count: int) -> Iterator[State]:
-    """The state after each of `count` steps over the groups of micro-batches in turn."""
-    for number in range(count):
-        report = own.step(groups[number % len(groups)])
-        divisors = named(own.divisors())
-        yield State(copy.deepcopy(named(dict(own.model.named_parameters()))), divisors, report)
+def steps(
+    own: training.Trainer, groups: Sequence[Sequence[training.Batch]], count: int, kept: Container[int]
+) -> Iterator[State]:
+    """The state after each of `count` steps over the groups of micro-batches in turn, with arrays if it is `kept`."""
+    divisors: dict[str, torch.Tensor] = {}
+    for number in range(1, count + 1):
+        report = own.step(groups[(number - 1) % len(groups)])
+        for name, latest in own.divisors().items():
+            divisors[name] = torch.minimum(divisors[name], latest.float()) if name in divisors else latest.float()
+        parameters, smallest = (dict(own.model.named_parameters()), divisors) if number in kept else ({}, {})
+        yield State(copy.deepcopy(named(parameters)), copy.deepcopy(named(smallest)), report)

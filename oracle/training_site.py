@@ -78,6 +78,13 @@ class TrainingSite(Site):
         batches = [lesson.as_product(batch) for batch in lesson.micro_batches(asked)]
         return trained(self.candidate, batches=lambda _corpus, _settings: batches)
 
+    def holds_further(self, candidate: Candidate) -> bool:
+        """See `Site.holds_further`: several changes may hit a mean, which is one number, and only one its gradient."""
+        if self.finding.tap != loss.MEAN:
+            return True
+        comparison = replace(self.comparison, candidate=candidate)
+        return _answer(_Question("gradients", comparison, batches_only=False)).verdict == "pass"
+
     def wrong_functions(self) -> tuple[str, ...]:
         """Which of the candidate's functions give the wrong loss: a change is made to those only."""
         return self.once(_wrong_functions)

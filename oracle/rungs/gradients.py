@@ -37,9 +37,10 @@ def run(comparison: Comparison) -> RungResult:
     judge = comparison.judge(NAME)
     large = training_probe.is_large(asked.candidate.config)
     compare = _streamed if large else _at_once
+    named = set(ours)
     compared = list(compare(comparison, asked, ours, judge))
     found = {finding.tap: finding for finding, _ in compared}
-    extra = [Finding(name, _leaf(name), ok=False, problem=LACKS.format("reference")) for name in ours.keys() - found]
+    extra = [Finding(name, _leaf(name), ok=False, problem=LACKS.format("reference")) for name in named - found.keys()]
     findings = [*found.values(), *extra]
     zero = sum(is_zero for _, is_zero in compared)
     largest = max((finding.error for finding, is_zero in compared if not is_zero), default=0.0)
@@ -72,7 +73,7 @@ def _at_once(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) 
 
 
 def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge) -> Compared:
-    """Truth layer by layer, so that its gradients are never held together; the peer's are."""
+    """Truth layer by layer, so that its gradients are never held together; `ours` and the peer's go as they are."""
     (batch,) = lesson.gradient_batches(asked)
     memory.release()  # what the candidate's backward pass used
     decoder, peer = comparison.reference.peer.decoder, Arrays()
@@ -83,9 +84,16 @@ def _streamed(comparison: Comparison, asked: Lesson, ours: Arrays, judge: Judge)
         backwards = {name: layer[name] for name in reversed(layer)}
         ready.update((item[0].tap, item) for item in _layer_findings(backwards, ours, draws, judge))
 
-    by_layer(comparison.reference.truth.decoder, batch, partial(compare, [peer]))
-    doubtful = {name for name, (finding, _) in ready.items() if echo.leave_a_doubt([finding], DOUBTFUL)}
-    if doubtful:
+    def compare_and_drop(layer: Arrays) -> None:
+        compare([peer], layer)
+        for name in layer:
+            peer.pop(name)
+            if not echo.leave_a_doubt([ready[name][0]], DOUBTFUL):
+                ours.pop(name, None)
+        memory.release()
+
+    by_layer(comparison.reference.truth.decoder, batch, compare_and_drop)
+    if doubtful := ours.keys() & ready:
         draws = [_kept(decoder, batch, doubtful)]
         draws += [_kept(moved, batch, doubtful) for moved in echo.echoes(decoder, echo.ALL)]
         by_layer(comparison.reference.truth.decoder, batch, partial(compare, draws))

@@ -22,7 +22,7 @@ from oracle.lesson import COMPARED, ByStep, Course
 from oracle.noise import Ratios
 from oracle.results import Finding, RungResult
 from oracle.training_noise import Unit
-from oracle.training_reference import Arrays
+from oracle.training_reference import Arrays, State
 
 NAME = "optimizer"
 LEARNING_RATE = "learning_rate"
@@ -39,7 +39,8 @@ def run(comparison: Comparison) -> RungResult:
     asked = lesson.part(comparison)
     large = training_probe.is_large(comparison.candidate.config)
     course = lesson.course_of(comparison)
-    answers = asked.steps(lesson.groups(asked), course.clip_norm, asked.settings.steps)
+    steps = enumerate(asked.steps(lesson.groups(asked), course.clip_norm, asked.settings.steps), 1)
+    answers = [(params if number in COMPARED else Arrays(), report) for number, (params, report) in steps]
     judge = comparison.judge(NAME)
     findings = _findings(judge, course, answers, course.draws)
     if echo.leave_a_doubt(findings):
@@ -49,13 +50,10 @@ def run(comparison: Comparison) -> RungResult:
 
 def _findings(judge: Judge, course: Course, answers: Answers, draws: Sequence[ByStep]) -> list[Finding]:
     findings: list[Finding] = []
-    divisors: Arrays = {}
     for number in range(1, len(course.truth) + 1):
-        latest = course.truth[number - 1].divisors
-        divisors = {name: np.minimum(divisors.get(name, values), values) for name, values in latest.items()}
         findings.append(_rate_finding(judge, course, answers, number))
         if number in COMPARED:
-            findings += _Step(course, answers, number, divisors).findings(judge, draws)
+            findings += _Step(course, answers, number).findings(judge, draws)
     return findings
 
 
@@ -73,18 +71,20 @@ class _Step:
     course: Course
     answers: Answers
     number: int
-    divisors: Arrays
-    """The smallest so far."""
+
+    @property
+    def truth(self) -> State:
+        return self.course.truth[self.number - 1]
 
     @property
     def update(self) -> float:
         """‖Δθ‖ of the truth, over all parameters."""
-        truth = self.course.truth[self.number - 1].parameters
+        truth = self.truth.parameters
         return _norm({name: truth[name] - start for name, start in self.course.start.items()})
 
     def findings(self, judge: Judge, draws: Sequence[ByStep]) -> Iterator[Finding]:
         """One per parameter, in the order of the model."""
-        truth, peers = self.course.truth[self.number - 1].parameters, [draw[self.number] for draw in draws]
+        truth, peers = self.truth.parameters, [draw[self.number] for draw in draws]
         ours, update = self.answers[self.number - 1][0], self.update
         for name, true in truth.items():
             leaf, where = name.rpartition(".")[2], f"step {self.number}"
@@ -100,7 +100,7 @@ class _Step:
     ) -> Ratios:
         if ours.shape != truth.shape:
             return training_noise.measure(ours, truth, peers[0], Unit(EPSILON))
-        weight, start = self.divisors[name], self.course.start[name]
+        weight, start = self.truth.divisors[name], self.course.start[name]
         mine, true, own, *echoes = (weight * (values.astype(np.float64) - start) for values in (ours, truth, *peers))
         # A step rounds each parameter at its own scale, which an update of a few of its ulps shows.
         rounding = EPSILON * np.abs(weight * truth)
@@ -117,7 +117,7 @@ def _norm(arrays: Arrays) -> float:
 
 def _summary(course: Course, answers: Answers, findings: Sequence[Finding], large: bool) -> str:
     count = len(course.truth)
-    last = _Step(course, answers, count, {})
+    last = _Step(course, answers, count)
     zero = [name for name, divisor in course.truth[0].divisors.items() if training_noise.rms(divisor) < 1.01e-8]
     truth, ours = course.truth[-1].parameters, answers[-1][0]
     same = [name for name in truth if name not in zero and name in ours and ours[name].shape == truth[name].shape]

@@ -134,7 +134,7 @@ def course(site: Site) -> Course:
     """The candidate's steps, and the right gradients on its way."""
     asked = lesson.part(site.comparison)
     groups = lesson.groups(asked)
-    answers = asked.steps(groups, lesson.course_of(site.comparison).clip_norm, asked.settings.steps)
+    answers = list(asked.steps(groups, lesson.course_of(site.comparison).clip_norm, asked.settings.steps))
     params = [{name: np.asarray(array) for name, array in asked.master.items()}, *(found for found, _ in answers)]
     found = [
         replace(
@@ -155,7 +155,7 @@ def global_norm(gradients: Params) -> float:
 def distance(site: Site, recipe: Recipe, tap: str) -> float:
     """How far one parameter's updates were from the recipe's, over all steps; rounding of tiny gradients aside."""
     own, replay, total = site.once(course), Replay(recipe), 0.0
-    true = lesson.course_of(site.comparison).truth
+    weight = lesson.course_of(site.comparison).truth[-1].divisors[tap]
     for number, (before, after) in enumerate(zip(own.params[:-1], own.params[1:], strict=True)):
         if tap not in after or after[tap].shape != before[tap].shape:
             return float("inf")
@@ -163,7 +163,6 @@ def distance(site: Site, recipe: Recipe, tap: str) -> float:
         gradients = own.gradients[number]
         norm = recipe.norm(before, gradients) if recipe.coupled else own.norms[number]
         update = replay.updates(wide, {tap: gradients[tap].astype(np.float64)}, norm)[tap]
-        weight = true[number].divisors[tap]
         total += float(np.square(weight * (after[tap] - wide[tap] - update)).sum())
     return total**0.5
 
