@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from oracle import ladder
+from oracle import finer, ladder
 from oracle.candidate import Candidate, Unrunnable
 from oracle.comparison import Comparison
 from oracle.repairs.catalogue import REPAIRS
@@ -45,19 +45,31 @@ def bisect(
     now = report
     while (rung := now.broken) is not None and len(causes) < MOST_CAUSES:
         progress(f"diagnosis of {rung.name}")
+        place, first = finer.look(comparison, rung, progress) or (comparison, rung)
         with jax.default_matmul_precision("highest"):
-            cause, repaired = explain(comparison, rung)
+            cause, repaired = explain(place, first)
+        if place is not comparison:
+            cause = replace(cause, seen_in=place.candidate.dtype)
         if repaired is None:
             causes.append(cause)
             break
         # A repaired candidate is no longer the one that was exported.
         export = None if rung.name == bits.NAME else comparison.export
+        repaired = replace(repaired, dtype=comparison.candidate.dtype)
         comparison = replace(comparison, candidate=repaired, export=export)
         # Rungs below this one have passed, and no repair here can reach them.
         above = list(ladder.LADDER)[list(ladder.LADDER).index(rung.name) :]
         now = ladder.climb(comparison, rungs=[name for name in above if name in rungs], progress=progress)
-        causes.append(replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, now)))
+        behind = now if place.candidate.dtype == repaired.dtype else _again(place, repaired, first.name, rungs)
+        causes.append(replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, behind)))
     return replace(report, causes=causes, repaired=now if causes and now is not report else None)
+
+
+def _again(place: Comparison, repaired: Candidate, rung: str, rungs: Sequence[str]) -> Report:
+    """The rung of a cause that only a finer dtype shows, and the one behind it, in that dtype."""
+    at = list(ladder.LADDER).index(rung)
+    two = [name for name in list(ladder.LADDER)[at : at + 2] if name in rungs]
+    return ladder.climb(replace(place, candidate=replace(repaired, dtype=place.candidate.dtype)), rungs=two)
 
 
 def _still_broken(cause: Cause, report: Report) -> bool:

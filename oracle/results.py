@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
-VERSION = 2
+VERSION = 3
 """Of the JSON report's schema."""
 
 
@@ -144,6 +144,8 @@ class Cause:
     runners_up: Sequence[str] = ()
     """The names that came nearest to undoing it, best first, where none did."""
     residual: Residual | None = None
+    seen_in: str = ""
+    """The dtype in which it shows here, where the candidate's own hides it."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -166,6 +168,7 @@ class Cause:
             "tied": list(self.tied),
             "runners_up": list(self.runners_up),
             "residual": self.residual.to_dict() if self.residual else None,
+            "seen_in": self.seen_in,
         }
 
 

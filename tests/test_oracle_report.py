@@ -77,6 +77,17 @@ def written(report: Report, folder: Path) -> Path:
 # -- What is said of causes, cells and tokens -------------------------------------------
 
 
+def test_a_place_in_another_dtype_is_named_with_it():
+    for text in both_forms(report_of(cause(seen_in="float32"))):
+        assert "at layers.0.attn.q in float32" in text
+        assert "in float32 it begins in the rung operators" in text
+
+
+def test_a_cause_survives_being_written_and_read(tmp_path: Path):
+    report = report_of(cause(seen_in="float32", also_at=["layers.1.attn.q"]))
+    assert json_report.read(written(report, tmp_path)).to_dict() == report.to_dict()
+
+
 def test_causes_that_cannot_be_told_apart_are_named_together():
     for text in both_forms(report_of(cause(tied=["rows permuted", "heads reversed"]))):
         assert "rows permuted; heads reversed" in text
@@ -205,7 +216,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 2"),
+        (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 3"),
         (lambda d: d.pop("version"), "the document has no 'version'"),
         (lambda d: d.pop("rungs"), "the document has no 'rungs'"),
         (lambda d: d.update(verdict="pass"), "states the verdict 'pass', but its rungs say 'fail'"),

@@ -25,6 +25,7 @@ from oracle.faults.tables.text import is_bpe
 from oracle.noise import Calibration
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Cause, Report
+from oracle.rungs import optimizer
 from oracle.text import Text
 
 Record = dict[str, Any]
@@ -139,6 +140,8 @@ def judged(mutant: Mutant, report: Report) -> Record:
     """What the oracle said of a mutant, beside what it should have said."""
     first = report.first_divergence()
     found = (first["rung"], first["tap"]) if first else None
+    if report.causes and report.causes[0].seen_in:
+        found = report.causes[0].rung, report.causes[0].tap
     said = {
         "verdict": report.verdict,
         "found": list(found) if found else None,
@@ -202,6 +205,9 @@ def _distance(order: dict[str, list[str]], expected: tuple[str, str], found: tup
     (rung, tap), (found_rung, found_tap) = expected, found
     if tap == found_tap:
         return 0.0 if rung == found_rung else 1.0
+    if rung == found_rung == optimizer.NAME:
+        # One op updates all parameters; whose gradient is small enough to show it first is chance.
+        return 1.0
     if rung != found_rung or tap not in order[rung] or found_tap not in order[rung]:
         return float("inf")
     return abs(order[rung].index(tap) - order[rung].index(found_tap))

@@ -113,8 +113,8 @@ def _cause(cause: Cause, place: int) -> Iterator[Markup]:
     badge = tag("span", standing, class_=f"badge {standing.replace(' ', '-')}")
     title: list[object] = [tag("strong", cause.name[:1].upper() + cause.name[1:])]
     title += [" ", badge] if cause.name != UNKNOWN else []
-    if place > 1:
-        title += [" at ", name(wording.place(cause.rung, cause.before))]
+    if place > 1 or cause.seen_in:
+        title += [" at ", name(wording.cause_place(cause))]
     yield from _fact("Cause" if place == 1 else f"Cause {place}, behind it", join(title), *_doubts(cause))
     if cause.name == UNKNOWN:
         look = wording.LOOK.get(cause.rung)
@@ -128,6 +128,8 @@ def _cause(cause: Cause, place: int) -> Iterator[Markup]:
 
 
 def _doubts(cause: Cause) -> Iterator[Markup]:
+    if cause.seen_in:
+        yield escape(wording.hidden(cause))
     if cause.tied:
         yield prose(f"Or: {'; '.join(cause.tied)}.")
     if wording.reservation(cause):

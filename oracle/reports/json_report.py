@@ -192,6 +192,7 @@ def _cause(value: _Value) -> Cause:
         before=before,
         after=after,
         proved=value.key("proved").flag(),
+        seen_in=value.key("seen_in").text(),
         residual=None if residual.raw is None else _residual(residual),
         **texts,
     )

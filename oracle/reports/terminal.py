@@ -95,7 +95,7 @@ def causes(report: Report) -> Iterator[str]:
     for number, cause in enumerate(report.causes, start=1):
         label = "Cause" if number == 1 else f"Cause {number}, behind it"
         standing = "" if cause.name == UNKNOWN else f" ({wording.standing(cause)})"
-        yield f"{label}: {cause.name}, at {wording.place(cause.rung, cause.before)}{standing}."
+        yield f"{label}: {cause.name}, at {wording.cause_place(cause)}{standing}."
         yield from (f"  {line}" for line in _explained(cause))
     if report.repaired is not None:
         yield f"{wording.repaired(report)}: {verdict(report.repaired)}"
@@ -104,6 +104,8 @@ def causes(report: Report) -> Iterator[str]:
 
 
 def _explained(cause: Cause) -> Iterator[str]:
+    if cause.seen_in:
+        yield wording.hidden(cause)
     yield wording.proof(cause)
     if cause.tied:
         yield f"Tied with: {'; '.join(cause.tied)}."

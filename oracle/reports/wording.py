@@ -40,6 +40,17 @@ def place(rung: str, found: Finding) -> str:
     return found.tap or f"the rung {rung}"
 
 
+def cause_place(cause: Cause) -> str:
+    """Where it begins, and in which dtype if not in the candidate's own."""
+    return place(cause.rung, cause.before) + (f" in {cause.seen_in}" if cause.seen_in else "")
+
+
+def hidden(cause: Cause) -> str:
+    """What a place in another dtype means, or nothing."""
+    words = "The model's own dtype hides it there behind its rounding; in {} it begins in the rung {}."
+    return words.format(cause.seen_in, cause.rung) if cause.seen_in else ""
+
+
 def proof(cause: Cause) -> str:
     """What the repair did to the error, in one sentence."""
     before, after = cause.before, cause.after
