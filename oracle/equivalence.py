@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jaxgpt.errors import InputError
-from oracle import ladder, models, noise, subject, workers
+from oracle import agreement, ladder, models, noise, subject, workers
 from oracle.faults import mutants, trial
 from oracle.faults.mutants import Mutant
 from oracle.noise import Calibration
@@ -151,6 +151,9 @@ def show(out: Path, calibration: Path | None = None) -> list[Outcome]:
     outcomes.sort(key=lambda outcome: (outcome.planted, outcome.name))
     (out / "junit.xml").write_text(junit.render(outcomes), encoding="utf-8")
     (out / "summary.md").write_text(summary.render(outcomes), encoding="utf-8")
+    print("| agreement | measured | target | reached |\n|---|---|---|---|")
+    for figure in agreement.figures(outcomes):
+        print(figure.row())
     failed = sum(not outcome.ok for outcome in outcomes)
     print(f"{len(outcomes) - failed} passed, {failed} failed")
     return outcomes
@@ -189,9 +192,9 @@ def _detail(outcome: Outcome) -> str:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 if all answered as they must; 3 if what did not was inconclusive, else 1."""
+    """0 if all answered as they must and agree closely; 3 if what did not was inconclusive, else 1."""
     wrong = [outcome for outcome in outcomes if not outcome.ok]
     if not wrong:
-        return terminal.PASS
+        return terminal.PASS if all(figure.ok for figure in agreement.figures(outcomes)) else terminal.FAIL
     undecided = all(outcome.report.verdict == "inconclusive" for outcome in wrong)
     return terminal.INCONCLUSIVE if undecided else terminal.FAIL

@@ -185,6 +185,8 @@ class RungResult:
     seconds: float = 0.0
     tokens: Sequence[Token] = ()
     """Greedy choices, where the rung made some."""
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Numbers of the summary, by name."""
 
     @property
     def verdict(self) -> Verdict:
@@ -210,6 +212,7 @@ class RungResult:
             "failed": sum(not finding.ok for finding in self.findings),
             "findings": [finding.to_dict() for finding in self.findings],
             "tokens": [token.to_dict() for token in self.tokens],
+            "figures": {name: _number(value) for name, value in self.figures.items()},
         }
 
 

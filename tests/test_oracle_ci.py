@@ -8,11 +8,12 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from oracle import equivalence
+from oracle import agreement, equivalence
 from oracle.__main__ import main
 from oracle.reports import junit, summary
 from oracle.reports.outcome import Outcome
 from oracle.results import Cause, Finding, Report, RungResult
+from oracle.rungs import decode, forward
 
 RUNGS = ("environment", "bits", "operators", "forward", "decode")
 CLEAN = Finding("layers.0.attn_norm", "norm", ok=True, aggregate=0.5, worst=0.6, threshold=(2.0, 3.0))
@@ -206,6 +207,20 @@ def test_equivalence_writes_every_report_and_appends_to_githubs_summary(
 @pytest.mark.parametrize(("reports", "code"), [([PASSED], 0), ([PASSED, UNDECIDED], 3), ([UNDECIDED, FAILED], 1)])
 def test_the_exit_code_is_that_of_the_worst_answer(reports: list[Report], code: int):
     assert equivalence.exit_code([outcome(report) for report in reports]) == code
+
+
+def agreeing(dtype: str, **figures: float) -> Outcome:
+    named = {forward.MAX_KL: figures.get("kl", 1e-10), decode.GREEDY: 9000, decode.EXACT: 8999}
+    rung = RungResult("forward", [CLEAN], "all agree", figures={**named, decode.TIES: figures.get("ties", 1)})
+    return outcome(Report([rung], [], {}, {"dtype": dtype}))
+
+
+def test_models_that_pass_must_also_agree_closely():
+    near = [agreeing("float32"), agreeing("bfloat16", kl=1.0)]
+    assert [figure.ok for figure in agreement.figures(near)] == [True] * 5
+    assert equivalence.exit_code(near) == 0
+    assert equivalence.exit_code([*near, agreeing("float32", kl=1e-7)]) == 1
+    assert equivalence.exit_code([*near, agreeing("bfloat16", ties=0)]) == 1
 
 
 def test_equivalence_covers_every_model_and_dtype_and_kind_of_place():

@@ -35,7 +35,7 @@ class Figure:
     def row(self) -> str:
         """A line of the table."""
         sign = "≤" if self.at_most else "≥"
-        value, target = (f"{100 * v:.1f} %" if self.is_share else f"{v:g}" for v in (self.value, self.target))
+        value, target = (f"{100 * v:.1f} %" if self.is_share else _number(v) for v in (self.value, self.target))
         of = f" of {self.of:,}" if self.is_share else ""
         return f"| {self.name} | {value}{of} | {sign} {target} | {'yes' if self.ok else '**no**'} |"
 
@@ -43,6 +43,10 @@ class Figure:
         """JSON values."""
         target = {"target": self.target, "at_most": self.at_most}
         return {"name": self.name, "value": self.value, "of": self.of, **target, "ok": self.ok}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.2g}"
 
 
 Condition = Callable[[Record], bool]

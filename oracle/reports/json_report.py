@@ -141,6 +141,7 @@ def _rung(value: _Value) -> RungResult:
         inconclusive=value.key("inconclusive").text(),
         seconds=value.key("seconds").number(),
         tokens=value.key("tokens").each(_token),
+        figures={_printable(name): number.number() for name, number in value.key("figures").members().items()},
     )
 
 

@@ -26,6 +26,7 @@ from oracle.reference import Model, Reference, to_numpy
 from oracle.results import Finding, RungResult, Token
 
 NAME = "decode"
+GREEDY, EXACT, TIES = "greedy tokens", "exact", "certified ties"
 SHOWN = 200
 """Greedy choices that a report keeps."""
 
@@ -33,10 +34,11 @@ SHOWN = 200
 def run(candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge) -> RungResult:
     """One finding per tap and step in execution order, then one per prompt's greedy tokens."""
     findings = [f for forced in probe.forced for f in forced_findings(candidate, reference, forced, judge)]
-    greedy, tokens, summary = _greedy(candidate, reference, probe, judge)
+    greedy, tokens, summary, figures = _greedy(candidate, reference, probe, judge)
     steps = sum(len(forced.ids) for forced in probe.forced)
     edge = ", to the context's edge" if probe.reaches_edge else ""
-    return RungResult(NAME, [*findings, *greedy], f"{steps} forced steps{edge}; {summary}", tokens=tokens)
+    summary = f"{steps} forced steps{edge}; {summary}"
+    return RungResult(NAME, [*findings, *greedy], summary, tokens=tokens, figures=figures)
 
 
 # -- Forced steps ----------------------------------------------------------------------
@@ -148,11 +150,11 @@ class _Choices:
 
 def _greedy(
     candidate: Candidate, reference: Reference, probe: DecodeProbe, judge: Judge
-) -> tuple[list[Finding], list[Token], str]:
+) -> tuple[list[Finding], list[Token], str, dict[str, float]]:
     try:
         generated = candidate.greedy(probe.prompts, probe.new_tokens)
     except Unrunnable as error:
-        return [Finding("logits", "greedy", ok=False, where="greedy", problem=str(error))], [], "no greedy tokens"
+        return [Finding("logits", "greedy", ok=False, where="greedy", problem=str(error))], [], "no greedy tokens", {}
     choices = [
         _judged(candidate, reference, judge, row, list(prompt), new)
         for row, (prompt, new) in enumerate(zip(probe.prompts, generated, strict=True))
@@ -163,12 +165,14 @@ def _greedy(
     ]
     tokens = [token for c in choices for token in c.tokens]
     outcomes = Counter(token.outcome for token in tokens)
+    figures: dict[str, float] = {GREEDY: len(tokens), EXACT: outcomes["exact"], TIES: outcomes["tie"]}
     summary = f"{outcomes['exact']:,} of {len(tokens):,} greedy tokens exact, {outcomes['tie']:,} certified ties"
     won = sum(c.padded_rows for c in choices)
     return (
         findings,
         _closest(tokens),
         summary + (f"; a padded vocabulary row would have won {won} times" if won else ""),
+        figures,
     )
 
 

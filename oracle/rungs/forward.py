@@ -22,6 +22,7 @@ from oracle.streaming import Reader
 from oracle.training_probe import is_large
 
 NAME = "forward"
+MAX_KL = "largest KL per token in nats"
 DOUBTFUL = 1.5
 """Multiples of the noise from which more draws are made of it: sooner than elsewhere, since one forward is cheap and
 an error that one number of one layer carries is in every tap behind it. Not of a large model: its logits alone
@@ -33,7 +34,8 @@ def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) 
     findings = _findings(candidate, reference, probe, judge, range(ECHOES))
     if leave_a_doubt(findings, DOUBTFUL) and not is_large(candidate.config):
         findings = _findings(candidate, reference, probe, judge, ALL)
-    return RungResult(NAME, findings, _summary(findings))
+    kl = next((finding.error for finding in findings if finding.op == "kl"), float("nan"))
+    return RungResult(NAME, findings, _summary(findings, kl), figures={MAX_KL: kl})
 
 
 def _findings(
@@ -76,8 +78,7 @@ def kl_finding(ours: np.ndarray, truth: np.ndarray, *peers: np.ndarray, judge: J
     return judge.of("logits", "kl", measured, where="KL per token")
 
 
-def _summary(findings: list[Finding]) -> str:
-    kl = next((finding.error for finding in findings if finding.op == "kl"), float("nan"))
+def _summary(findings: list[Finding], kl: float) -> str:
     broken = sum(not finding.ok for finding in findings)
     return f"{len(findings)} comparisons of free-running taps, {broken} beyond noise; max KL per token {kl:.1e} nats"
 

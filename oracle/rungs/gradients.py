@@ -23,6 +23,7 @@ from oracle.training_reference import Arrays
 from torchref import Decoder, training
 
 NAME = "gradients"
+LARGEST = "largest relative L2 error of a gradient"
 DOUBTFUL = 2.5
 """Multiples of the noise from which a large model's noise is drawn again: later than a small one's, since each draw is
 a backward pass."""
@@ -47,7 +48,7 @@ def run(comparison: Comparison) -> RungResult:
     summary = f"{len(findings)} gradients, largest relative L2 error {largest:.1e}"
     summary += f"; {zero} are zero in truth and zero to rounding" if zero else ""
     summary += "; a large model: one micro-batch, no accumulation (that is left to the optimizer)" if large else ""
-    return RungResult(NAME, findings, summary)
+    return RungResult(NAME, findings, summary, figures={LARGEST: largest})
 
 
 LACKS = "the {} has no gradient of it"

@@ -25,6 +25,7 @@ from oracle.training_noise import Unit
 from oracle.training_reference import Arrays, State
 
 NAME = "optimizer"
+UPDATE = "error of all updates, of the global ‖Δθ‖"
 LEARNING_RATE = "learning_rate"
 EPSILON = noise.EPSILON["float32"]
 LEAST = 1e-5
@@ -45,7 +46,10 @@ def run(comparison: Comparison) -> RungResult:
     findings = _findings(judge, course, answers, course.draws)
     if echo.leave_a_doubt(findings):
         findings = _findings(judge, course, answers, [*course.draws, *course.further])
-    return RungResult(NAME, findings, _summary(course, answers, findings, large))
+    zero = [name for name, divisor in course.truth[0].divisors.items() if training_noise.rms(divisor) < 1.01e-8]
+    error = _error(course, answers, zero)
+    summary = _summary(course, findings, error, len(zero), large=large)
+    return RungResult(NAME, findings, summary, figures={UPDATE: error})
 
 
 def _findings(judge: Judge, course: Course, answers: Answers, draws: Sequence[ByStep]) -> list[Finding]:
@@ -115,14 +119,17 @@ def _norm(arrays: Arrays) -> float:
     return float(sum(float(np.square(array).sum()) for array in arrays.values()) ** 0.5)
 
 
-def _summary(course: Course, answers: Answers, findings: Sequence[Finding], large: bool) -> str:
-    count = len(course.truth)
-    last = _Step(course, answers, count)
-    zero = [name for name, divisor in course.truth[0].divisors.items() if training_noise.rms(divisor) < 1.01e-8]
+def _error(course: Course, answers: Answers, zero: Sequence[str]) -> float:
+    """After the last step, of all parameters but those whose gradient is zero in truth."""
     truth, ours = course.truth[-1].parameters, answers[-1][0]
     same = [name for name in truth if name not in zero and name in ours and ours[name].shape == truth[name].shape]
-    error = _norm({name: ours[name].astype(np.float64) - truth[name] for name in same}) / last.update
+    wrong = {name: ours[name].astype(np.float64) - truth[name] for name in same}
+    return _norm(wrong) / _Step(course, answers, len(course.truth)).update
+
+
+def _summary(course: Course, findings: Sequence[Finding], error: float, zero: int, *, large: bool) -> str:
     rate = max(finding.error for finding in findings if finding.tap == LEARNING_RATE)
-    text = f"{count} steps, {course.clipped} of them clipped: error {error:.1e} of the global ‖Δθ‖, rates {rate:.1e}"
-    text += f" (without {len(zero)} parameters whose gradient is zero in truth)" if zero else ""
+    text = f"{len(course.truth)} steps, {course.clipped} of them clipped: "
+    text += f"error {error:.1e} of the global ‖Δθ‖, rates {rate:.1e}"
+    text += f" (without {zero} parameters whose gradient is zero in truth)" if zero else ""
     return text + ("; a large model: its first layer and first ids only, with moments of their own" if large else "")
