@@ -104,6 +104,8 @@ def explain(comparison: Comparison, rung: RungResult) -> tuple[Cause, Candidate 
     if len({attempt.repair.cause for attempt in found}) > 1:
         found = [attempt for attempt in found if site.holds_further(attempt.variant.candidate)] or found
     best = found[0]
+    if best.repair.is_seen:
+        found = [attempt for attempt in found if attempt.repair.is_seen]
     candidate, others = _everywhere(comparison, rung, best)
     tied = dict.fromkeys(a.repair.cause for a in found if a.repair.cause != best.repair.cause)
     cause = Cause(
@@ -111,7 +113,7 @@ def explain(comparison: Comparison, rung: RungResult) -> tuple[Cause, Candidate 
         rung=rung.name,
         tap=site.finding.tap,
         change=best.variant.change,
-        advice=best.variant.advice or best.repair.advice,
+        advice=(best.variant.advice or best.repair.advice) + _scope(site, others),
         before=site.finding,
         after=best.after,
         proved=False,
@@ -199,6 +201,15 @@ def _alike(rung: RungResult) -> list[Finding]:
     same = [f for f in rung.findings if not f.ok and (f.op == first.op or rung.name == bits.NAME)]
     broken = {(f.tap, f.op): f for f in reversed(same)}
     return [broken[place] for place in reversed(broken) if place != (first.tap, first.op)]
+
+
+def _scope(site: Site, others: Sequence[str]) -> str:
+    """Where one layer alone holds a wrong parameter: what serves every layer is hardly to blame."""
+    name, layers = site.finding.tap, site.candidate.config.num_hidden_layers
+    path = name.split(".", 2)[2:] if name.startswith("layers.") and site.rung == bits.NAME else []
+    if layers == 1 or not path or any(other != name and other.split(".", 2)[2:] == path for other in others):
+        return ""
+    return f"; of {layers} layers only this one has it, so look at its own tensor before a rule for all layers"
 
 
 def _elsewhere(taps: Sequence[str], site: Site) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from planted_weights import (
     on_all,
     rounded,
 )
+from safetensors.numpy import load_file, save_file
 
 from oracle import diagnosis, models, noise
 from oracle.candidate import Candidate
@@ -328,6 +330,52 @@ def test_no_repair_undoes_a_right_parameter(name: str, dtype: str, model: Callab
         assert undone == [], parameter
 
 
+def test_weight_and_bias_of_one_norm_exchanged_are_no_exchange_of_norms(model: Callable[..., Model]):
+    true = model("gpt2-deep")
+    (found,) = true.causes(true.planted(exchange(("layers.1.attn_norm.weight", "layers.1.attn_norm.bias"))))
+    assert (found.name, found.proved) == ("parameters of equal shape swapped", True)
+
+
+def test_one_added_to_a_bias_is_not_gemmas_norm(model: Callable[..., Model]):
+    true = model("gpt2")
+    at = {leaf: f"layers.0.mlp_norm.{leaf}" for leaf in ("weight", "bias")}
+    wrong = {leaf: true.planted(on(name, lambda array: array + np.float32(1))) for leaf, name in at.items()}
+    names = {leaf: true.causes(candidate)[0].name for leaf, candidate in wrong.items()}
+    assert names["weight"] == "(1+w) norm handling"
+    assert names["bias"] != "(1+w) norm handling"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_reference_that_was_rounded_is_no_other_revision(dtype: str, model: Callable[..., Model], tmp_path: Path):
+    true = model("llama")
+    tensors = load_file(true.folder / "model.safetensors")
+    coarse = {name: np.asarray(array.astype(jnp.dtype(dtype)), np.float32) for name, array in tensors.items()}
+    shutil.copytree(true.folder, tmp_path / "hf")
+    save_file(coarse, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    rounded_one = Model(tmp_path / "hf", Reference.load(tmp_path / "hf", "float32"), true.candidate)
+    (found,) = rounded_one.causes(true.candidate)
+    assert (found.name, found.proved) == (f"the reference is rounded to {dtype}", True)
+
+
+def test_a_fault_of_one_layer_is_not_blamed_on_the_table_of_all(model: Callable[..., Model]):
+    true = model("gpt2-deep")
+    in_all = [name for name in true.tensors() if name.endswith("mlp.up.kernel")]
+    one, all_ = (
+        true.causes(true.planted(lambda t, rng, names=names: {n: -t[n] for n in names}))[0].advice
+        for names in ([UP], in_all)
+    )
+    assert one.endswith("of 12 layers only this one has it, so look at its own tensor before a rule for all layers")
+    assert "only this one" not in all_
+
+
+def test_a_field_that_is_seen_to_differ_is_not_tied_with_its_effect(model: Callable[..., Model]):
+    true = model("llama")
+    config = dataclasses.replace(true.candidate.config, rope_theta=20000.0)
+    (found,) = true.causes(dataclasses.replace(true.candidate, config=config), rung="operators")
+    assert found.name == "config field rope_theta differs from the folder's"
+    assert (found.proved, list(found.tied)) == (True, [])
+
+
 # -- Exports, and rungs above ----------------------------------------------------------
 
 
@@ -337,7 +385,7 @@ def test_without_a_source_the_advice_is_about_the_export(model: Callable[..., Mo
     (imported,), (exported,) = true.causes(wrong), true.causes(wrong, source=False)
     assert imported.name == exported.name == "kernel transposed"
     assert exported.advice.startswith("checkpoint and export differ, so look at to_hf in jaxgpt/weights.py")
-    assert imported.advice.startswith("the column `transposed`")
+    assert imported.advice.startswith("which way its file stores it")
 
 
 def test_a_wrong_export_of_a_right_candidate_changes_no_candidate(model: Callable[..., Model], tmp_path: Path):

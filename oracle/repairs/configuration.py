@@ -111,7 +111,10 @@ def _advice(name: str) -> str:
 
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 REPAIRS: tuple[Repair, ...] = (
-    *(Repair(f"config field {name} differs from the folder's", _advice(name), RUNGS, _field(name)) for name in _FIELDS),
+    *(
+        Repair(f"config field {name} differs from the folder's", _advice(name), RUNGS, _field(name), is_seen=True)
+        for name in _FIELDS
+    ),
     Repair(
         "several config fields differ from the folder's",
         "how they are read from config.json in jaxgpt/config.py, or the checkpoint's own config",

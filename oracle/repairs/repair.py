@@ -37,3 +37,5 @@ class Repair:
     last_resort: bool = False
     """It puts the file's own values in place, so that only the look of the difference
     tells the cause; tried when nothing else undoes it."""
+    is_seen: bool = False
+    """What it changes is seen to be wrong, not only supposed: what undoes the same by its effect is no rival."""

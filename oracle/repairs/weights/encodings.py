@@ -29,6 +29,8 @@ class Encoding:
     """What it makes of the file's values."""
     undo: Elementwise | None = None
     """Its inverse; None where there is none."""
+    only: str = ""
+    """How names of parameters end to which it can happen; all may where this is empty."""
 
 
 def _as(stored: np.dtype, read: np.dtype) -> Encoding:
@@ -45,6 +47,7 @@ def _plus(by: float) -> Encoding:
         f"with {-by:+g} added",
         lambda theirs: _rounded(theirs, theirs.astype(np.float64) + by),
         lambda ours: _rounded(ours, ours.astype(np.float64) - by),
+        only="norm.weight",
     )
 
 
@@ -100,6 +103,8 @@ READER = "(jaxgpt/formats/safetensors_file.py, jaxgpt/formats/hf.py)"
 def _undone(encoding: Encoding) -> Undo:
     @both
     def undo(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Iterator[Variant]:
+        if not site.name.endswith(encoding.only):
+            return
         few = sampled(ours)
         with np.errstate(all="ignore"):
             if encoding.undo is None or ours.shape != theirs.shape or not equal(encoding.undo(ours[few]), theirs[few]):
@@ -134,7 +139,7 @@ def _reloaded(encoding: Encoding) -> Undo:
 
     @both
     def undo(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Iterator[Variant]:
-        if not made_by(encoding, ours, theirs):
+        if not site.name.endswith(encoding.only) or not made_by(encoding, ours, theirs):
             return
         values: dict[str, np.ndarray] = {site.name: theirs}
         for name, array in site.candidate.stored.items():
@@ -142,6 +147,21 @@ def _reloaded(encoding: Encoding) -> Undo:
             match = next((each for each in orders if made_by(encoding, np.asarray(array), each)), None)
             values |= {} if match is None else {name: match}
         yield changed(site, encoding.change, values)
+
+    return undo
+
+
+def _finer(dtype: np.dtype) -> Undo:
+    """The file holds exactly what rounding makes of ours: nothing is wrong with ours."""
+    encoding = Encoding("", _cast(dtype))
+
+    @both
+    def undo(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Iterator[Variant]:
+        if made_by(encoding, theirs, ours):
+            stored = {name: np.asarray(array) for name, array in site.candidate.stored.items()}
+            files = {name: site.file[name] for name in stored if name in site.file}
+            rounded = {name: file for name, file in files.items() if made_by(encoding, file, stored[name])}
+            yield changed(site, f"with these values rounded to {dtype.name}, as the reference's are", rounded)
 
     return undo
 
@@ -166,7 +186,11 @@ def _all(
 
 
 _ROUND = "keep the file's dtype where tensors are read and stored, and import without --cast"
-REPAIRS: tuple[Repair, ...] = tuple(_all(MISTAKES, _undone, lossy=False))
+_COARSE = "compare with a reference in the dtype that the weights were made in: the checkpoint holds more than this one"
+REPAIRS: tuple[Repair, ...] = (
+    *_all(MISTAKES, _undone, lossy=False),
+    *(repair(f"the reference is rounded to {dtype.name}", _COARSE, _finer(dtype)) for dtype in (BF16, FP16)),
+)
 LOSSES: tuple[Repair, ...] = tuple(
     _all(tuple((name, encoding, _ROUND) for name, encoding in ROUNDINGS) + MISTAKES, _reloaded, lossy=True)
 )

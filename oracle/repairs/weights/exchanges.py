@@ -63,8 +63,9 @@ def _among(*allowed: Sequence[str]) -> Undo:
         ring = site.once(_cycle)
         places = [layer_of(name) for name in ring]
         layers = {place[0] for place in places if place}
-        modules = {place[1].rpartition(".")[0] for place in places if place}
-        if ring and None not in places and len(layers) == 1 and any(modules <= set(group) for group in allowed):
+        modules, leaves = ({place[1].rpartition(".")[part] for place in places if place} for part in (0, 2))
+        one_by_one = len(layers) == len(leaves) == 1 and len(modules) == len(ring)
+        if ring and None not in places and one_by_one and any(modules <= set(group) for group in allowed):
             yield _put_back(site, ring)
 
     return exchanged
@@ -190,7 +191,7 @@ _TABLE = "in the name table (jaxgpt/weights.py)"
 EXCHANGES: tuple[Repair, ...] = (
     repair(
         "query, key and value swapped",
-        f"which tensor is q, k and v: the rows attn.q, attn.k and attn.v, or their column `part`, {_TABLE}",
+        f"which tensor, or which part of a fused one, is q, k and v: the rows attn.q, attn.k and attn.v {_TABLE}",
         _of_heads(biases=False),
     ),
     repair(

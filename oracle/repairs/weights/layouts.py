@@ -295,7 +295,8 @@ def repeated_heads(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) ->
 REPAIRS: tuple[Repair, ...] = (
     repair(
         "kernel transposed",
-        "the column `transposed` of its row in jaxgpt/weights.py: Conv1D stores (in, out), Linear (out, in)",
+        "which way its file stores it: Conv1D stores (in, out), as jaxgpt does, Linear (out, in); `transposed` in "
+        "jaxgpt/weights.py (`_row`) says so",
         transposed,
     ),
     repair(
@@ -305,8 +306,8 @@ REPAIRS: tuple[Repair, ...] = (
     ),
     repair(
         "qkv packing order",
-        "where the fused matrix is cut into q, k and v: the column `part` in jaxgpt/weights.py; "
-        "its columns are [part, head, dimension]",
+        "where the fused matrix is cut into q, k and v (the (index, count) of attn.q, attn.k and attn.v in the name "
+        "table of jaxgpt/weights.py): its columns are [part, head, dimension]",
         packed,
     ),
     repair(
@@ -342,7 +343,11 @@ REPAIRS: tuple[Repair, ...] = (
         "store each key and value head once: num_key_value_heads in config.json, and its row in jaxgpt/weights.py",
         repeated_heads,
     ),
-    repair("fused tensor not split", "the column `part` of its row in jaxgpt/weights.py", not_split),
+    repair(
+        "fused tensor not split",
+        "which part of the fused tensor it is: the (index, count) of its row in the name table of jaxgpt/weights.py",
+        not_split,
+    ),
     repair(
         "another shape with the same values",
         "give it the shape of its row in jaxgpt/weights.py, with heads on the last axis",
