@@ -5,56 +5,101 @@ not have exposed. The classes are those of the fault catalogue, on which the ora
 detection rate is measured.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from jaxgpt import config
 from jaxgpt.config import ModelConfig
+from jaxgpt.errors import InputError
 from oracle import probe, text_reference
 from oracle.faults.catalogue import CATALOGUE
 from oracle.faults.fault import TEXT, Fault
+from oracle.results import NOT_REACHED, Report
+from oracle.text import Text
 
 if TYPE_CHECKING:
     from oracle.comparison import Comparison
 
+ABSENT = "exists only"
+"""Reasons that begin so are the model's, not the run's."""
 NO_SOURCE = "no --reference folder to compare the weights with"
 NO_TOKENIZER = "the checkpoint has no tokenizer"
 NO_TEMPLATE = "the checkpoint has no template"
+NEVER_RIGHT = frozenset(
+    ("bf16 bits read as fp16", "bytes in another order", "one NaN", "tensor never filled", "tensor of another layer")
+)
+"""Classes of wrong parameters that the rung statistics knows by their values alone."""
 REACH: Mapping[str, tuple[Callable[[ModelConfig], bool], str]] = {
-    "anything beyond position 512": (lambda config: config.max_position_embeddings > 512, "the context is shorter"),
-    "anything near the end of the context": (probe.is_cheap, "decoding to it is left out for large models"),
+    "positions beyond 512": (lambda config: config.max_position_embeddings > 512, "the context is shorter"),
+    "the end of the context": (probe.is_cheap, "decoding to it is left out for large models"),
 }
-"""What is no class of its own: where in a sequence a fault may lie."""
+"""Where in a sequence a fault of any class may lie."""
 
 
-def classes(comparison: "Comparison", rungs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def classes(
+    comparison: "Comparison", rungs: Sequence[str], *, export_differs: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """Names of the exposed classes, and the reason for each hidden one.
 
     A class is exposed if one of its rows in the catalogue is.
 
     Args:
         rungs: those that were run.
+        export_differs: a parameter was found that is not as the candidate's own export has it.
     """
-    text = _text_reasons(comparison)
+    text, configs = _text_reasons(comparison), _configs(comparison)
     reasons: dict[str, list[str]] = {}
     for fault in CATALOGUE:
-        reasons.setdefault(fault.name, []).append(_reason(fault, comparison, rungs, text))
-    if "operators" in rungs:
-        config = comparison.candidate.config
-        reasons |= {name: ["" if reached(config) else reason] for name, (reached, reason) in REACH.items()}
+        reason = _not_run(fault, rungs) or _not_compared(fault, comparison, rungs, text, export_differs)
+        if not reason and fault.needs != TEXT:
+            absent = [fault.absent(each, comparison.candidate.dtype) for each in configs]
+            reason = absent[0] if all(absent) else ""
+        reasons.setdefault(fault.name, []).append(reason)
     hidden = {name: found[0] for name, found in reasons.items() if all(found)}
     return [name for name in reasons if name not in hidden], hidden
 
 
-def _reason(fault: Fault, comparison: "Comparison", rungs: Sequence[str], text: Mapping[str, str]) -> str:
-    """Why this row could not have shown; empty if it could."""
-    config, dtype = comparison.candidate.config, comparison.candidate.dtype
-    if fault.rung not in rungs:
-        return f"the rung {fault.rung} was not reached"
+def beyond(comparison: "Comparison", rungs: Sequence[str]) -> dict[str, str]:
+    """Places in a sequence of which nothing is said, each with the reason."""
+    ours = comparison.candidate.config
+    unreached = {name: reason for name, (reached, reason) in REACH.items() if not reached(ours)}
+    return unreached if "operators" in rungs else {}
+
+
+def with_causes(report: Report) -> Report:
+    """The report with every class exposed that a cause of its own names."""
+    named = {cause.name for cause in report.causes}
+    shown = {fault.name for fault in CATALOGUE if fault.accepted & named}
+    shown = {name for name in shown if not report.hidden.get(name, ABSENT).startswith(ABSENT)}
+    hidden = {name: reason for name, reason in report.hidden.items() if name not in shown}
+    return replace(report, exposed=[*report.exposed, *(name for name in report.hidden if name in shown)], hidden=hidden)
+
+
+def _not_run(fault: Fault, rungs: Sequence[str]) -> str:
+    return "" if fault.rung in rungs else f"the rung {fault.rung} {NOT_REACHED}"
+
+
+def _not_compared(
+    fault: Fault, comparison: "Comparison", rungs: Sequence[str], text: Mapping[str, str], export_differs: bool
+) -> str:
+    """Why there was nothing to see this row by; empty if there was."""
     if fault.needs == TEXT:
         return text.get("") or text.get(fault.name, "")
-    if fault.rung == "bits" and comparison.source is None:
-        return NO_SOURCE
-    return fault.absent(config, dtype)
+    if fault.rung != "bits" or comparison.source is not None or export_differs:
+        return ""
+    return "" if "statistics" in rungs and fault.name in NEVER_RIGHT else NO_SOURCE
+
+
+def _configs(comparison: "Comparison") -> list[ModelConfig]:
+    """The candidate's and, where its folder is known, the reference's: a wrong config is a fault as well."""
+    place, configs = comparison.source or comparison.export, [comparison.candidate.config]
+    # A folder that the product cannot read is no concern of a comparison that the reference can carry out.
+    with suppress(InputError, OSError, ValueError):
+        configs += [config.from_hf(json.loads((place / "config.json").read_text()))] if place else []
+    return configs
 
 
 # -- Text ------------------------------------------------------------------------------
@@ -70,10 +115,15 @@ _BYTE_LEVEL = ("wrong pre-tokenizer regex", "merges missing", "hex or byte-level
 def _text_reasons(comparison: "Comparison") -> dict[str, str]:
     """Why classes of text could not have shown, by name; the empty name stands for all of them."""
     text = comparison.candidate.text
+    if text is not None and not text_reference.references(comparison):
+        return {"": text_reference.MISSING}
+    return text_reasons(text)
+
+
+def text_reasons(text: Text | None) -> dict[str, str]:
+    """Those that lie in the text side itself."""
     if text is None:
         return {"": NO_TOKENIZER}
-    if not text_reference.references(comparison):
-        return {"": text_reference.MISSING}
     strings = text.saved["special_token_ids"]
     begins = any(a != b and a.startswith(b) for a in strings for b in strings)
     reasons = {} if begins else {"prefix-matching special": "no special token begins another"}

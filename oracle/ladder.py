@@ -65,11 +65,13 @@ def climb(
             if results[-1].verdict == "inconclusive" or (results[-1].verdict == "fail" and not everything):
                 break
         versions = environment.versions()
-    exposed, hidden = exposure.classes(comparison, [result.name for result in results])
+    climbed = [result.name for result in results]
+    differs = any(not found.ok and found.where == "export" for result in results for found in result.findings)
+    exposed, hidden = exposure.classes(comparison, climbed, export_differs=differs)
     config, dtype = comparison.candidate.config.to_dict(), comparison.candidate.dtype
     setting = {**versions, "dtype": dtype, "config": config, "seed": comparison.seed}
     setting["calibrated_with"] = dict(comparison.calibration.environment)
-    return Report(results, exposed, hidden, setting)
+    return Report(results, exposed, hidden, setting, beyond=exposure.beyond(comparison, climbed))
 
 
 def _timed(name: str, comparison: Comparison) -> RungResult:

@@ -5,6 +5,7 @@ person to know ("only at positions 512 and later", "0.25 times the truth").
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,10 @@ BINS = 64
 """A longer axis is shown in so many bins."""
 CARRIES = 0.99
 """Share of the squared error that the indices named by a sentence hold."""
+CLEAN = (0.1, 0.02)
+"""Any other index is right if its relative error is less than this part of theirs, and less than this."""
+ALIKE = 0.5
+"""Relative errors that differ by less are the same everywhere: more error where there is more to be wrong."""
 HEAD_TAPS = (*compare.HEADS_FIRST, *compare.CACHED)
 
 
@@ -39,12 +44,15 @@ def describe(tap: str, candidate: np.ndarray, truth: np.ndarray) -> Residual | N
     if hidden.any():
         ours, true = np.where(hidden, 0.0, ours), np.where(hidden, 0.0, true)
     finite = np.isfinite(ours) & np.isfinite(true)
-    error = ours - true if finite.all() else np.where(finite, ours - true, 0.0)
-    names = axis_names(tap, ours.ndim)
-    energies = _energies(error, names)
     a, b = (array.ravel() if finite.all() else array[finite] for array in (ours, true))
+    if not finite.all():
+        ours, true = np.where(finite, ours, 0.0), np.where(finite, true, 0.0)
+    names, error = axis_names(tap, ours.ndim), ours - true
+    energies, truths = _energies(error, names), _energies(true, names)
+    lost = {name: np.zeros(0, int) if finite.all() else _lost(finite, axis) for axis, name in enumerate(names)}
     scale, correlation = _scale(a, b), _correlation(a, b)
-    sentences = [*_not_finite(finite), *_places(energies), *_kind(a, b, scale, correlation)]
+    places = [_place(name, energies[name], truths[name], lost[name]) for name in names]
+    sentences = [*_not_finite(finite), *filter(None, places), *_kind(a, b, scale, correlation)]
     profiles = {name: _binned(energy / (error.size / energy.size)) for name, energy in energies.items()}
     return Residual(tuple(ours.shape), profiles, scale, correlation, sentences)
 
@@ -52,6 +60,11 @@ def describe(tap: str, candidate: np.ndarray, truth: np.ndarray) -> Residual | N
 def _energies(error: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
     squares, axes = np.square(error), range(error.ndim)
     return {name: squares.sum(axis=tuple(i for i in axes if i != axis)) for axis, name in enumerate(names)}
+
+
+def _lost(finite: np.ndarray, axis: int) -> np.ndarray:
+    """Indices at which some value is NaN or infinite."""
+    return np.flatnonzero(~finite.all(axis=tuple(i for i in range(finite.ndim) if i != axis)))
 
 
 def _binned(mean_squares: np.ndarray) -> list[float]:
@@ -80,16 +93,28 @@ def _not_finite(finite: np.ndarray) -> Iterator[str]:
         yield f"{int((~finite).sum()):,} of {finite.size:,} values are NaN or infinite"
 
 
-def _places(energies: dict[str, np.ndarray]) -> Iterator[str]:
-    """Axes on which few indices hold nearly all of the error."""
-    for name, energy in energies.items():
-        total = float(energy.sum())
-        if len(energy) < 2 or not total:
-            continue
-        order = np.argsort(energy)[::-1]
-        needed = int(np.searchsorted(np.cumsum(energy[order]), CARRIES * total)) + 1
-        if needed <= max(1, len(energy) // 2) and needed < len(energy):
-            yield f"only in {_indices(name, sorted(int(i) for i in order[:needed]))} of {len(energy):,}"
+def _place(name: str, energy: np.ndarray, truth: np.ndarray, lost: np.ndarray) -> str:
+    """Few indices of an axis that hold all of the error, or nearly all; nothing where it is all over."""
+    total, few = float(energy.sum()), max(1, len(energy) // 2)
+    order = np.argsort(energy)[::-1]
+    most = order[: int(np.searchsorted(np.cumsum(energy[order]), CARRIES * total)) + 1] if total else order[:0]
+    theirs = _relative(energy[most].sum(), truth[most].sum(), truth.mean() * len(most))
+    each = _relative(energy, truth, truth.mean())
+    wrong = np.union1d(np.flatnonzero(each > min(CLEAN[0] * theirs, CLEAN[1])) if total else [], lost).astype(int)
+    if len(energy) < 2 or not (total or len(lost)):
+        return ""
+    if len(wrong) <= few and energy[wrong].sum() >= CARRIES * total:
+        return f"only in {_indices(name, wrong.tolist())} of {len(energy):,}"
+    rest = np.setdiff1d(order, most)
+    others = _relative(energy[rest].sum(), truth[rest].sum(), truth.mean() * len(rest))
+    if len(lost) or len(most) > few or others > ALIKE * theirs:
+        return ""
+    return f"mostly in {_indices(name, sorted(most.tolist()))} of {len(energy):,}"
+
+
+def _relative(energy: Any, truth: Any, typical: float) -> Any:
+    """Roots of shares of the truth's squares; where the truth is zero, of what is `typical` of them."""
+    return (energy / np.where(truth > 0, truth, typical or 1.0)) ** 0.5
 
 
 def _indices(name: str, indices: Sequence[int]) -> str:
@@ -99,10 +124,16 @@ def _indices(name: str, indices: Sequence[int]) -> str:
     if last - first + 1 == len(indices):
         return f"{name}s {first}–{last}"
     steps = set(np.diff(indices).tolist())
+    if len(indices) == 2:
+        return f"{name}s {first} and {last}"
     if len(steps) == 1:
-        return f"every {steps.pop()}th {name} from {first} to {last}"
+        step = steps.pop()
+        return f"every {step}{_ORDINAL.get(step, 'th')} {name} from {first} to {last}"
     shown = ", ".join(map(str, indices[:4]))
     return f"{len(indices):,} {name}s ({shown}{', …' if len(indices) > 4 else ''})"
+
+
+_ORDINAL = {2: "nd", 3: "rd"}
 
 
 def _kind(a: np.ndarray, b: np.ndarray, scale: float, correlation: float) -> Iterator[str]:
@@ -120,7 +151,7 @@ def _kind(a: np.ndarray, b: np.ndarray, scale: float, correlation: float) -> Ite
     elif _same_values(a, b):
         yield "the same values in another order"
     elif abs(correlation) < 0.1:
-        yield f"unrelated to the truth (correlation {correlation:.2f})"
+        yield f"unrelated to the truth (correlation {correlation:.6f})"
     else:
         yield f"relative error {error / norm:.2g}, correlation {correlation:.6f}"
 

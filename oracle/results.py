@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
-VERSION = 3
+VERSION = 4
 """Of the JSON report's schema."""
 
 
@@ -46,7 +46,18 @@ class Finding:
     @property
     def noise(self) -> float:
         """The larger of the two ratios: how many times the noise."""
-        return max(self.aggregate, self.worst)
+        return max(self.ratios)
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """`aggregate` and `worst`."""
+        return self.aggregate, self.worst
+
+    @property
+    def measure(self) -> int:
+        """Which of the two ratios is told, the one furthest beyond its limit: 0 or 1."""
+        over = [ratio / (limit or 1.0) for ratio, limit in zip(self.ratios, self.threshold, strict=True)]
+        return int(over[1] > over[0])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a number that JSON lacks becomes its name."""
@@ -116,6 +127,8 @@ class Residual:
         return {"shape": list(self.shape), "profiles": profiles, **numbers, "sentences": list(self.sentences)}
 
 
+NOT_REACHED = "was not reached"
+"""How the reason of a class ends whose rung was not climbed."""
 UNKNOWN = "unknown"
 """The name of a cause that no repair undoes."""
 
@@ -158,8 +171,8 @@ class Cause:
             "advice": self.advice,
             "error_before": _number(self.before.error),
             "error_after": _number(self.after.error),
-            "noise_before": _number(self.before.noise),
-            "noise_after": _number(self.after.noise),
+            "ratios_before": [_number(ratio) for ratio in self.before.ratios],
+            "ratios_after": [_number(ratio) for ratio in self.after.ratios],
             "problem_before": self.before.problem,
             "where": self.before.where,
             "threshold": [_number(limit) for limit in self.before.threshold],
@@ -230,6 +243,25 @@ class Report:
     """In the order they were found: each behind the repair of those before it."""
     repaired: "Report | None" = None
     """The comparison of the candidate with all those repairs, from the first broken rung on."""
+    beyond: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Places in a sequence of which nothing is said, each with the reason."""
+
+    @property
+    def exposed_classes(self) -> list[str]:
+        """What either climb could have shown, that of the candidate as it is or that with the repairs."""
+        return [*self.exposed, *(name for name in self.hidden if self.repaired and name in self.repaired.exposed)]
+
+    @property
+    def hidden_classes(self) -> dict[str, str]:
+        """What neither climb could have shown."""
+        after = self.repaired.hidden if self.repaired else {}
+        neither = {name: reason for name, reason in self.hidden.items() if not self.repaired or name in after}
+        return {n: after.get(n, own) if own.endswith(NOT_REACHED) else own for n, own in neither.items()}
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """`beyond` of both climbs."""
+        return {**self.beyond, **(self.repaired.beyond if self.repaired else {})}
 
     @property
     def verdict(self) -> Verdict:
@@ -260,7 +292,8 @@ class Report:
             "first_divergence": self.first_divergence(),
             "causes": [cause.to_dict() for cause in self.causes],
             "repaired": self.repaired.to_dict() if self.repaired else None,
-            "exposed_classes": list(self.exposed),
-            "hidden_classes": self.hidden,
+            "exposed_classes": self.exposed_classes,
+            "hidden_classes": self.hidden_classes,
+            "beyond": self.unreached,
             "environment": self.environment,
         }

@@ -102,7 +102,7 @@ def test_what_was_not_decided_is_an_error_never_a_pass():
     (suite,) = parsed(outcome(UNDECIDED))
     error = suite.find("testcase/error")
     assert error is not None
-    assert error.attrib["message"].startswith("INCONCLUSIVE. the noise was calibrated elsewhere")
+    assert error.attrib["message"].startswith("INCONCLUSIVE. The noise was calibrated elsewhere")
 
 
 def test_a_planted_fault_that_is_found_passes_and_one_that_is_not_fails():
@@ -111,6 +111,17 @@ def test_a_planted_fault_that_is_found_passes_and_one_that_is_not_fails():
     failure = root[1].find("testcase/failure")
     assert failure is not None
     assert failure.attrib["message"] == "not found: pass"
+
+
+def test_a_fault_that_a_user_planted_is_named_wherever_a_failure_is():
+    report = replace(FAILED, environment={"planted": "RoPE interleaved"})
+    (suite,) = parsed(outcome(report, "llama"))
+    failure = suite.find("testcase/failure")
+    assert suite.attrib["name"] == "llama (planted: RoPE interleaved)"
+    assert failure is not None
+    assert failure.attrib["message"].endswith("(planted: RoPE interleaved)")
+    row = next(line for line in summary.render([outcome(report, "llama")]).splitlines() if line.startswith("| ❌"))
+    assert row.startswith("| ❌ | llama (planted: RoPE interleaved) |")
 
 
 HOSTILE = '\x00\x1b[31m <b>&amp;</b> ]]> \ud800 \ufffe \x85 \U0001f600 "quoted"\n| pipe `code`'

@@ -1,6 +1,8 @@
 import dataclasses
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,15 @@ from safetensors.numpy import save_file
 
 from jaxgpt import weights
 from jaxgpt.config import ModelConfig
+from jaxgpt.errors import InputError
 from jaxgpt.taps import Op
-from oracle import folder, streaming
+from oracle import folder, residual, streaming
 from oracle.candidate import Candidate
 from oracle.compare import Judge, Window, axes
 from oracle.noise import Calibration
-from oracle.rungs import bits
+from oracle.results import Finding
+from oracle.rungs import bits, loss
+from torchref import training
 
 # -- Names and layouts, written a second time ------------------------------------------
 
@@ -39,6 +44,24 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     with pytest.raises(ValueError, match="outside the model directory"):
         folder.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[" * 100_000, "[]", "{}", *(f'{{"weight_map": {m}}}' for m in ("[]", "{}", '{"a": 5}', '{"a": ".."}'))],
+)
+def test_an_index_that_is_none_is_bad_input(tmp_path: Path, text: str):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json (is no index|has an empty|names \.\.,)"):
+        folder.read(tmp_path)
+
+
+def test_the_one_file_is_read_whatever_an_index_beside_it_says(tmp_path: Path):
+    for value, name in enumerate(("other", "model")):
+        save_file({"model.norm.weight": np.full(3, value, np.float32)}, tmp_path / f"{name}.safetensors")
+    index = '{"weight_map": {"model.norm.weight": "other.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert folder.read(tmp_path)["model.norm.weight"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_hub_buffers_and_bare_gpt2_names_are_understood(tmp_path: Path):
@@ -212,3 +235,66 @@ def test_a_candidate_keeps_its_parameters_when_a_fault_is_planted():
     candidate = Candidate(CONFIGS["gpt2"], {"a": np.ones(2)}, "float32")
     assert not candidate.is_altered
     assert dataclasses.replace(candidate, replace={"norm": max}).is_altered
+
+
+def test_the_summary_of_a_failing_loss_says_first_how_many_differ():
+    batches = [cast(training.Batch, SimpleNamespace(trained=7))] * 2
+    right = Finding(loss.TOKENS, "token_losses", ok=True, error=1e-8)
+    wrong = Finding(loss.MEAN, "mean_loss", ok=False, error=0.5)
+    summarised = loss._summary  # pyright: ignore[reportPrivateUsage]
+    assert summarised([right, wrong], batches, batches).startswith("1 of 2 comparisons differ; 2 micro-batches with ")
+    assert summarised([right, right], batches, batches).startswith("2 micro-batches with ")
+
+
+# -- What a difference looks like ------------------------------------------------------
+
+
+def truth(*shape: int) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=shape)
+
+
+def looks(candidate: np.ndarray, true: np.ndarray) -> list[str]:
+    found = residual.describe("layers.0.out", candidate, true)
+    assert found is not None
+    return list(found.sentences)
+
+
+def test_a_multiple_of_the_truth_is_wrong_everywhere_however_small_some_of_it_is():
+    true = truth(2, 5, 7)
+    true[..., 2:] *= 1e-3
+    assert looks(0.25 * true, true) == ["the candidate is 0.25 times the truth"]
+
+
+def test_only_is_said_where_everything_else_is_right_and_mostly_where_it_is_nearly():
+    true = truth(2, 8, 6)
+    for others, word in ((0.0, "only"), (1e-3, "only"), (0.03, "mostly"), (0.9, "")):
+        wrong = true * (1 + others)
+        wrong[:, 3] = true[:, 3] * -1.0 if others < 0.5 else wrong[:, 3]
+        said = [text for text in looks(wrong, true) if " in " in text]
+        assert said == ([f"{word} in position 3 of 8"] if word else []), others
+
+
+def test_small_values_that_are_wrong_are_not_left_out_of_only():
+    true = truth(2, 8, 6)
+    true[:, 5] *= 1e-4
+    wrong = true.copy()
+    wrong[:, [3, 5]] *= -1.0
+    assert "only in positions 3 and 5 of 8" in looks(wrong, true)
+
+
+def test_errors_where_the_truth_is_zero_have_a_place_as_well():
+    true = np.zeros((2, 8, 6))
+    wrong = true.copy()
+    wrong[:, 3] = 1.0
+    assert "only in position 3 of 8" in looks(wrong, true)
+    assert "only in position 3 of 8" in looks(wrong + truth(2, 8, 1), true + truth(2, 8, 1))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_values_that_are_no_numbers_are_counted_and_placed_without_a_warning(value: float):
+    true = truth(2, 8, 6)
+    wrong = true.copy()
+    wrong[1, 3, 2] = true[0, 6, 0] = value
+    said = looks(wrong, true)
+    assert "2 of 96 values are NaN or infinite" in said
+    assert "only in positions 3 and 6 of 8" in said

@@ -151,7 +151,8 @@ def _one(found: Finding) -> heat_map.Cell:
     ("rung", "tap", "op", "shown"),
     [
         ("bits", "layers.1.attn.q", "kernel", "layers.1.attn.q.kernel, a parameter"),
-        ("gradients", "layers.1.attn.q.kernel", "kernel", "layers.1.attn.q.kernel, a parameter"),
+        ("gradients", "layers.1.attn.q.kernel", "kernel", "layers.1.attn.q.kernel, a parameter, in the rung gradients"),
+        ("decode", "rope.angles", "angles", "rope.angles, op angles, in the rung decode"),
         ("operators", "layers.1.attn.q", "projection", "layers.1.attn.q, op projection (its inputs are clean)"),
         ("operators", "", "", "the rung operators"),
     ],
@@ -163,7 +164,7 @@ def test_a_place_is_called_by_the_whole_name_of_its_tap_or_parameter(rung: str, 
     assert shown.partition(",")[0] in seen
     if tap:
         row = heat_map.arrange(result).inside
-        assert list(row) == ["attn.q.kernel" if op == "kernel" else "attn.q"]
+        assert list(row) == ([] if tap == "rope.angles" else ["attn.q.kernel" if op == "kernel" else "attn.q"])
 
 
 def test_a_broken_comparison_is_worse_than_any_that_holds():
@@ -184,6 +185,83 @@ def test_tokens_are_shown_with_their_margins_against_the_noise_wrong_ones_first(
     assert rows[1] == "1 7 8 9 0.12 0.12 0.25 0.5 tie"
     assert "30 exact, 1 tie, 1 wrong" in Read(html).text
     assert Read(html[: html.index("<summary>")]).text.count("exact") == 7, "the rest is folded"
+
+
+# -- In words ----------------------------------------------------------------------------
+
+
+def test_a_parameter_is_said_to_differ_from_a_file():
+    for where, said in (("reference", "against the reference’s file"), ("export", "against its own export")):
+        found = Finding("layers.1.attn.q", "kernel", ok=False, where=where, problem="it differs")
+        text, seen = both_forms(Report([RungResult("bits", [found, found], "")], [], {}))
+        assert f"a parameter, {said}. It differs." in text
+        assert f"Also beyond noise in this rung: layers.1.attn.q.kernel {said}." in text
+        assert said in seen
+
+
+def test_the_ratio_that_is_told_is_the_one_beyond_its_limit_and_the_chart_draws_the_same():
+    before = Finding("final_norm", "norm", False, 0.5, 0.8, 1.2, (0.75, 1.7))
+    told = cause(before=before, after=dataclasses.replace(before, ok=True, error=1e-7, aggregate=0.1, worst=1.6))
+    document = json.loads(json.dumps(report_of(told).to_dict()))
+    for report in (report_of(told), json_report.parse(document)):
+        text, seen = both_forms(report)
+        for form in (text, seen):
+            assert "0.8 times the noise (aggregate; limit 0.75)" in form
+            assert "from 0.8 to 0.1 times the noise" in form
+        assert "Multiples of the noise (aggregate); shaded: within the limit of 0.75" in seen
+
+
+def test_a_failed_comparison_says_what_to_do_next_and_a_diagnosed_one_does_not():
+    found = Finding("", "", ok=False, problem="it stops")
+    text, seen = both_forms(Report([RungResult("loss", [found], "")], [], {}))
+    last = "`python -m oracle bisect` with the same arguments looks for the cause."
+    assert text.splitlines()[-1].endswith(last)
+    assert "python -m oracle bisect with the same arguments looks for it." in seen
+    assert "bisect" not in both_forms(report_of(cause()))[0]
+
+
+def test_what_either_climb_could_have_shown_is_not_hidden():
+    reached = "the rung {} was not reached".format
+    first = {"Adam's betas": reached("optimizer"), "cache offset": reached("decode"), "kernel transposed": "no file"}
+    behind = {"cache offset": "exists only elsewhere", "kernel transposed": reached("bits"), "RoPE theta": "no"}
+    after = Report([RungResult("forward", [], "")], ["Adam's betas"], behind, beyond={"positions beyond 512": "short"})
+    report = dataclasses.replace(report_of(cause(), repaired=after), hidden=first)
+    assert report.exposed_classes == ["RoPE theta", "Adam's betas"]
+    assert report.hidden_classes == {"cache offset": "exists only elsewhere", "kernel transposed": "no file"}
+    text, seen = both_forms(report)
+    assert "Could have shown 2 of 4 known kinds of fault" in text
+    assert "Would have shown 2 of 4 known kinds" in seen
+    assert report.to_dict()["hidden_classes"] == report.hidden_classes
+    for form in (text, seen):
+        assert "Nothing is said of positions beyond 512: short." in form
+
+
+def test_what_is_hidden_is_told_a_reason_a_line():
+    hidden = {"a, b": "no file", "c": "no file", "d": "no file", "e": "no file", "f": "exists only where it is"}
+    text = "\n".join(terminal.lines(Report([RungResult("bits", [], "")], [], hidden)))
+    assert '\n     4  no file: "a, b", c, d (+1 more)\n     1  they exist only in other models: f' in text
+
+
+def test_why_nothing_is_decided_is_told_once_and_as_a_sentence():
+    report = Report([RungResult("environment", [], "the noise is old", inconclusive="the noise is old")], [], {})
+    text = "\n".join(terminal.lines(report))
+    assert text.startswith("INCONCLUSIVE. The noise is old.\n")
+    assert text.lower().count("the noise is old") == 1
+
+
+def test_changes_of_two_parts_read_as_sentences_and_one_rung_agrees():
+    moved = cause(change="with the targets one place later, those at the edge moved by one token")
+    after = Report([RungResult("decode", [], "")], [], {})
+    text, seen = both_forms(report_of(moved, repaired=after))
+    assert "moved by one token: the error falls from" in text
+    assert "PASS. The rung decode agrees." in seen
+    stop = cause(name="micro-batches summed, not averaged")
+    assert "part at layers.0.attn.q. Micro-batches summed" in both_forms(report_of(stop))[1]
+
+
+def test_tokens_that_are_all_wrong_are_said_to_be():
+    chosen = tuple(Token(0, step, 1, 2, 4.0, 4.0, 0.25) for step in range(3))
+    assert "The 3 that were hardest to make are kept here: all wrong." in both_forms(report_of(tokens=chosen))[1]
 
 
 # -- What is no report ---------------------------------------------------------------
@@ -207,7 +285,7 @@ def test_the_verb_writes_every_form_at_once(tmp_path: Path, capsys: pytest.Captu
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source, long = str(written(report_of(), tmp_path)), "n" * 300
     assert main(["report", source, "--html", str(tmp_path / long)]) == 2
-    assert "cannot be written: File name too long; name another file\n" in capsys.readouterr().err
+    assert "File name too long; name another" in capsys.readouterr().err
 
 
 Change = Callable[[dict[str, Any]], Any]
@@ -216,7 +294,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 3"),
+        (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 4"),
         (lambda d: d.pop("version"), "the document has no 'version'"),
         (lambda d: d.pop("rungs"), "the document has no 'rungs'"),
         (lambda d: d.update(verdict="pass"), "states the verdict 'pass', but its rungs say 'fail'"),

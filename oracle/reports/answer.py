@@ -84,7 +84,7 @@ def _divergence(rung: RungResult) -> Markup:
         return join([f"In the rung {rung.name}. ", prose(wording.size(rung.name, found))])
     parts: list[object] = [name(wording.place(rung.name, found)), " · "]
     parts.append("a parameter" if wording.is_parameter(rung.name, found) else f"op {found.op}")
-    parts.append(f" · {found.where}" if found.where else "")
+    parts.append(f" · {wording.where(found)}" if found.where else "")
     parts.append(f" · rung {rung.name}. ")
     parts.append(
         "Its inputs are the reference’s own, so the difference begins here. " if rung.name == "operators" else ""
@@ -97,7 +97,7 @@ def _divergence(rung: RungResult) -> Markup:
 
 def _causes(report: Report) -> Iterator[Markup]:
     if not report.causes:
-        text = ["Not looked for: ", tag("code", "python -m oracle bisect"), " tries to undo it."]
+        text = ["Not looked for: ", tag("code", "python -m oracle bisect"), " with the same arguments looks for it."]
         yield from _fact("Cause", join(text))
         return
     for place, cause in enumerate(report.causes[:MOST_CAUSES], start=1):
@@ -143,13 +143,11 @@ def _doubts(cause: Cause) -> Iterator[Markup]:
 
 
 def _drawn(cause: Cause) -> Iterator[Markup]:
-    # A report holds the larger ratio of a cause, not which of the two it is.
-    limit = max(cause.before.threshold)
-    if cause.before.noise <= limit:
-        limit = min(cause.before.threshold)
-    if cause.before.noise > 0 and limit > 0:
-        drawn = charts.fall(cause.before.noise, cause.after.noise, limit)
-        caption = f"Multiples of the noise; shaded: within the limit of {number(limit)}"
+    measure = cause.before.measure
+    before, after, limit = (of[measure] for of in (cause.before.ratios, cause.after.ratios, cause.before.threshold))
+    if before > 0 and limit > 0:
+        drawn = charts.fall(before, after, limit)
+        caption = f"Multiples of the noise ({wording.MEASURES[measure]}); shaded: within the limit of {number(limit)}"
         yield tag("figure", drawn, tag("figcaption", caption))
 
 
@@ -169,7 +167,8 @@ def _outcome(report: Report) -> Iterator[Markup]:
         return
     word = tag("strong", after.verdict.upper(), class_=after.verdict)
     rungs = join((tag("code", rung.name) for rung in after.rungs if rung.verdict == "pass"), ", ")
-    said = join([". The rungs ", rungs, " agree."]) if rungs else escape(".")
+    begin, end = wording.agree(sum(rung.verdict == "pass" for rung in after.rungs))
+    said = join([begin, rungs, end]) if rungs else escape(".")
     broken = after.broken
     if broken is not None and broken.first is not None:
         said = join([" at ", name(wording.place(broken.name, broken.first)), f" in the rung {broken.name}."])

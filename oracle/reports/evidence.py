@@ -156,7 +156,7 @@ def _finding(found: Finding) -> Markup:
         "tr",
         tag("th", name(found.tap), scope="row"),
         tag("td", found.op),
-        tag("td", found.where),
+        tag("td", wording.where(found)),
         *(tag("td", measure if sized else "–", class_="figure") for measure in measures),
         tag("td", prose(found.problem)),
     )
@@ -179,7 +179,7 @@ def _residual(cause: Cause, residual: Residual) -> Markup:
     said = [tag("li", prose(wording.sentence(text))) for text in residual.sentences]
     shape = " × ".join(f"{axis} {size:,}" for axis, size in zip(residual.profiles, residual.shape, strict=False))
     numbers = f"Shape {shape}. Nearest multiple of the truth: {number(residual.scale, 6)}; "
-    numbers += f"correlation with it: {number(residual.correlation, 6)}."
+    numbers += f"correlation with it: {residual.correlation:.6f}."
     axes = zip(residual.profiles.items(), residual.shape, strict=False)
     profiles = [_profile(axis, values, size) for (axis, values), size in axes if len(values) > 1]
     drawn = tag("div", *profiles, class_="profiles") if profiles else ""
@@ -204,10 +204,11 @@ def tokens(report: Report) -> Markup:
 def _tokens(rung: RungResult) -> Markup:
     counts = {outcome: sum(token.outcome == outcome for token in rung.tokens) for outcome in ("exact", "tie", "wrong")}
     said = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items() if count)
+    said = f"all {said.partition(' ')[2]}" if sum(map(bool, counts.values())) == 1 else said
     lead = (
-        f"{rung.summary}. Of the {len(rung.tokens):,} kept here, the hardest to make: {said}. A tie differs from the "
-        "reference inside the noise of its logits, so that rounding may turn it round; behind a difference, tokens are "
-        "judged by what the reference says to the candidate’s own text."
+        f"{rung.summary}. The {len(rung.tokens):,} that were hardest to make are kept here: {said}. A tie is another "
+        "choice than the reference’s, by less than the noise of its logits: rounding alone can make it. Behind a "
+        "difference, tokens are judged by what the reference says to the candidate’s own text."
     )
     hardest = sorted(rung.tokens, key=lambda token: (token.outcome != "wrong", _closeness(token)))
     top, rest = hardest[:HARDEST], hardest[HARDEST:MOST_TOKENS]
@@ -241,17 +242,19 @@ def _token(token: Token) -> Markup:
 def exposure(report: Report) -> Markup:
     """Which faults this run could have seen, and which not, with the reasons."""
     reasons: dict[str, list[str]] = {}
-    for fault, reason in report.hidden.items():
+    exposed, others = report.exposed_classes, report.hidden_classes
+    for fault, reason in others.items():
         reasons.setdefault(reason, []).append(fault)
-    known = len(report.exposed) + len(report.hidden)
-    shown = folded(f"Would have shown {len(report.exposed)} of {known} known kinds of fault", _list(report.exposed))
-    lead = tag("p", f"Nothing is said about {len(report.hidden)} others:") if reasons else ""
+    count = f"{len(exposed)} of {len(exposed) + len(others)}"
+    shown = folded(f"Would have shown {count} known kinds of fault", _list(exposed))
+    lead = tag("p", f"Nothing is said about {len(others)} others:") if reasons else ""
     hidden = (folded(f"{_upper(reason)}: {len(names)}", _list(names)) for reason, names in reasons.items())
-    return section("What these inputs could expose", shown, lead, *hidden)
+    beyond = (tag("p", wording.beyond(*item)) for item in report.unreached.items())
+    return section("What these inputs could expose", shown, lead, *hidden, *beyond)
 
 
 def _list(names: Sequence[str]) -> Markup:
-    return tag("p", ", ".join(names) + ".")
+    return tag("p", ", ".join(wording.quoted(names)) + ".")
 
 
 def _upper(text: str) -> str:

@@ -122,6 +122,7 @@ def _report(value: _Value, *, with_repaired: bool) -> Report:
         rungs=value.key("rungs").each(_rung),
         exposed=value.key("exposed_classes").each(_Value.text),
         hidden={_printable(key): reason.text() for key, reason in value.key("hidden_classes").members().items()},
+        beyond={_printable(key): reason.text() for key, reason in value.key("beyond").members().items()},
         environment={_printable(key): _plain(v.raw) for key, v in value.key("environment").members().items()},
         causes=value.key("causes").each(_cause),
         repaired=_report(repaired, with_repaired=False) if with_repaired and repaired.raw is not None else None,
@@ -170,13 +171,15 @@ def _token(value: _Value) -> Token:
 def _cause(value: _Value) -> Cause:
     rung, tap = value.key("rung").text(), value.key("tap").text()
     residual = value.key("residual")
+    ratios = {name: value.key(f"ratios_{name}").pair() for name in ("before", "after")}
     before, after = (
         Finding(
             tap=tap,
             op=value.key("op").text(),
             ok=name == "after",
             error=value.key(f"error_{name}").number(),
-            aggregate=value.key(f"noise_{name}").number(),
+            aggregate=ratios[name][0],
+            worst=ratios[name][1],
             threshold=value.key("threshold").pair(),
             where=value.key("where").text(),
             problem=value.key("problem_before").text() if name == "before" else "",

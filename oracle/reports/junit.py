@@ -36,7 +36,7 @@ def render(outcomes: Sequence[Outcome]) -> str:
     """The whole document."""
     root = Element("testsuites", name="oracle")
     for outcome in outcomes:
-        _suite(root, outcome.name, list(_cases(outcome)))
+        _suite(root, outcome.title, list(_cases(outcome)))
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 

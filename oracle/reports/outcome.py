@@ -33,9 +33,19 @@ class Outcome:
         return [name for name in self.rungs if name not in climbed]
 
     @property
+    def title(self) -> str:
+        """The name, and with it the fault that a user planted: a failure is no news of the model then."""
+        return f"{self.name}{self._planted}"
+
+    @property
     def message(self) -> str:
         """What happened, in one line."""
         if self.wrong:
             return self.wrong
         causes = [line for line in terminal.causes(self.report) if line.startswith("Cause")]
-        return " ".join([terminal.verdict(self.report), *causes])
+        return " ".join([terminal.verdict(self.report), *causes]) + self._planted
+
+    @property
+    def _planted(self) -> str:
+        fault = self.report.environment.get("planted")
+        return f" (planted: {fault})" if fault else ""

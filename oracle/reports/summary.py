@@ -57,7 +57,7 @@ def _table(outcomes: Sequence[Outcome], rows: int) -> Iterator[str]:
     yield "| --- | --- | --- | ---: |"
     for outcome in outcomes[:rows]:
         sign = "✅" if outcome.ok else "❌"
-        yield f"| {sign} | {_cell(outcome.name)} | {_cell(outcome.message)} | {outcome.seconds:.1f} |"
+        yield f"| {sign} | {_cell(outcome.title)} | {_cell(outcome.message)} | {outcome.seconds:.1f} |"
     if len(outcomes) > rows:
         yield f"| | +{len(outcomes) - rows} more | | |"
 
@@ -72,7 +72,7 @@ def _details(wrong: Sequence[Outcome], count: int) -> Iterator[str]:
     for outcome in wrong[:count]:
         lines = [clean(line[:LINE]) for line in terminal.lines(outcome.report)]
         yield ""
-        yield f"<details><summary>{html.escape(' '.join(clean(outcome.name).split()))}</summary>"
+        yield f"<details><summary>{html.escape(' '.join(clean(outcome.title).split()))}</summary>"
         yield ""
         yield f"<pre>{html.escape(chr(10).join(lines))}</pre>"
         yield "</details>"

@@ -24,7 +24,7 @@ def verdict(report: Report) -> str:
         return f"PASS. No difference beyond measured noise in {_listed(report)}.{detail}"
     if report.verdict == "inconclusive":
         rung = next(rung for rung in report.rungs if rung.verdict == "inconclusive")
-        return f"INCONCLUSIVE. {rung.inconclusive}."
+        return f"INCONCLUSIVE. {wording.sentence(rung.inconclusive)}"
     rung = report.broken
     assert rung is not None
     assert rung.first is not None
@@ -36,14 +36,17 @@ def _listed(report: Report) -> str:
 
 
 def _place(rung: RungResult, found: Finding) -> str:
-    where = f" ({found.where})" if found.where else ""
-    place = wording.place(rung.name, found)
-    if not found.op:
+    place, where = wording.place(rung.name, found), wording.where(found)
+    if rung.name == "bits" and found.op:
+        return f"{place}, a parameter, {where}" if where else f"{place}, a parameter"
+    where = f" ({where})" if where else ""
+    if not found.tap:
         return f"{place}{where}"
-    if wording.is_parameter(rung.name, found):
-        return f"{place}, a parameter{where}"
-    clean = " (its inputs are clean)" if rung.name == "operators" else ""
-    return f"{place}, op {found.op}{where}{clean}"
+    if rung.name == "operators":
+        return f"{place}, op {found.op}{where} (its inputs are clean)"
+    # What an op or a parameter is called does not say which of the rungs compared it.
+    kind = ", a parameter" if wording.is_parameter(rung.name, found) else f", op {found.op}" if found.op else ""
+    return f"{place}{kind}{where}, in the rung {rung.name}"
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -54,21 +57,27 @@ def lines(report: Report) -> Iterator[str]:
     yield ""
     yield from causes(report)
     for rung in report.rungs:
-        yield f"  {rung.name:<12} {rung.verdict:<12} {rung.seconds:6.1f} s  {rung.summary}"
+        # Why a rung is inconclusive is the answer above.
+        summary = rung.summary if rung.summary != rung.inconclusive else ""
+        yield f"  {rung.name:<12} {rung.verdict:<12} {rung.seconds:6.1f} s  {summary}".rstrip()
     yield ""
     yield from _further(report)
     yield from _exposure(report)
+    if report.verdict == "fail" and not report.causes:
+        yield "What to do next: `python -m oracle bisect` with the same arguments looks for the cause."
 
 
 def _exposure(report: Report) -> Iterator[str]:
-    known = len(report.exposed) + len(report.hidden)
-    yield f"Could have shown {len(report.exposed)} of {known} known kinds of fault (--html and --json name them all)."
-    counts: dict[str, int] = {}
-    for reason in map(_summarized, report.hidden.values()):
-        counts[reason] = counts.get(reason, 0) + 1
-    if counts:
-        listed = "; ".join(f"{count}, since {reason}" for reason, count in counts.items())
-        yield f"Could not have shown {listed}."
+    exposed, hidden = report.exposed_classes, report.hidden_classes
+    known = len(exposed) + len(hidden)
+    yield f"Could have shown {len(exposed)} of {known} known kinds of fault (--html and --json name them all)."
+    names: dict[str, list[str]] = {}
+    for name, reason in hidden.items():
+        names.setdefault(_summarized(reason), []).append(name)
+    if names:
+        yield "Could not have shown:"
+    yield from (f"  {len(of):>4}  {reason}: {wording.first(wording.quoted(of), SHOWN)}" for reason, of in names.items())
+    yield from (wording.beyond(*item) for item in report.unreached.items())
 
 
 def _summarized(reason: str) -> str:
@@ -82,7 +91,7 @@ def _further(report: Report) -> Iterator[str]:
     if rung is None:
         return
     others = [finding for finding in rung.findings if not finding.ok][1:]
-    shown = dict.fromkeys(f"{other.tap} {other.where}".strip() for other in others)
+    shown = dict.fromkeys(f"{wording.place(rung.name, o)} {wording.where(o)}".strip() for o in others)
     if shown:
         yield f"Also beyond noise in this rung: {wording.first(list(shown), SHOWN)}."
 

@@ -15,14 +15,17 @@ def size(rung: str, found: Finding) -> str:
     if found.problem:
         return sentence(found.problem)
     kind = "Local error" if rung == "operators" else "Error"
-    name, ratio = ("aggregate", found.aggregate) if found.aggregate >= found.worst else ("worst position", found.worst)
-    limit = found.threshold[0 if name == "aggregate" else 1]
-    return f"{kind} {found.error:.2g}, {ratio:.2g} times the noise ({name}; limit {limit:.2g})."
+    ratio, limit = found.ratios[found.measure], found.threshold[found.measure]
+    return f"{kind} {found.error:.2g}, {ratio:.2g} times the noise ({MEASURES[found.measure]}; limit {limit:.2g})."
+
+
+MEASURES = ("aggregate", "worst position")
+"""What the two ratios of a finding are called."""
 
 
 def sentence(text: str) -> str:
     """With a capital first, unless that is a name such as a file's, and a full stop last."""
-    is_word = text.partition(" ")[0].strip(",:;").isalpha()
+    is_word = text.partition(" ")[0].strip(",:;").replace("-", "").isalpha()
     return (text[:1].upper() if is_word else text[:1]) + text[1:] + ("" if text.endswith((".", "…", "!", "?")) else ".")
 
 
@@ -38,6 +41,12 @@ def place(rung: str, found: Finding) -> str:
     if is_parameter(rung, found) and not found.tap.endswith(f".{found.op}"):
         return f"{found.tap}.{found.op}".strip(".")
     return found.tap or f"the rung {rung}"
+
+
+def where(found: Finding) -> str:
+    """Probe, step or index; of a parameter, the file it was compared with."""
+    files = {"reference": "against the reference’s file", "export": "against its own export"}
+    return files.get(found.where, found.where)
 
 
 def cause_place(cause: Cause) -> str:
@@ -57,10 +66,13 @@ def proof(cause: Cause) -> str:
     if cause.name == UNKNOWN:
         return "No known repair undoes it."
     if before.problem and not before.noise and (before.error in (0.0, float("inf")) or after.error == before.error):
-        return sentence(f"{cause.change} this is gone: {before.problem}")
-    falls = f"{cause.change} the error falls from {before.error:.2g} to {after.error:.2g}"
+        return sentence(f"{cause.change}{',' if ',' in cause.change else ''} this is gone: {before.problem}")
+    # A change that is told in two parts is parted from what it does.
+    colon = ":" if "," in cause.change else ""
+    falls = f"{cause.change}{colon} the error falls from {before.error:.2g} to {after.error:.2g}"
     if before.noise:
-        falls += f", from {before.noise:.2g} to {after.noise:.2g} times the noise"
+        ratios = before.ratios[before.measure], after.ratios[before.measure]
+        falls += f", from {ratios[0]:.2g} to {ratios[1]:.2g} times the noise"
     return sentence(falls)
 
 
@@ -95,11 +107,26 @@ def reservation(cause: Cause) -> str:
     }.get(standing(cause), "")
 
 
+def beyond(place: str, reason: str) -> str:
+    """Where in a sequence nothing was examined."""
+    return f"Nothing is said of {place}: {reason}."
+
+
+def agree(rungs: int) -> tuple[str, str]:
+    """What goes around the names of so many rungs."""
+    return (". The rung ", " agrees.") if rungs == 1 else (". The rungs ", " agree.")
+
+
 def repaired(report: Report) -> str:
     """Under which condition the rungs of `Report.repaired` were climbed."""
     if any(cause.name == UNKNOWN for cause in report.causes):
         return "With the reference's own in place of what is unknown"
     return "With the repair" if len(report.causes) == 1 else f"With these {len(report.causes)} repairs"
+
+
+def quoted(names: Sequence[str]) -> list[str]:
+    """Names that hold a comma, in a list that is parted by commas."""
+    return [f'"{name}"' if "," in name else name for name in names]
 
 
 def first(names: Sequence[str], shown: int) -> str:

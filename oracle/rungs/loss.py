@@ -57,7 +57,8 @@ def _summary(findings: Sequence[Finding], batches: Sequence[training.Batch], ste
     error = max(finding.error for finding in findings if not finding.tap.startswith(BATCH))
     text = f"{len(batches)} micro-batches with {trained} trained tokens; largest relative error of a loss {error:.1e}"
     left_out = "; a large model: only the last micro-batch's losses" if len(step) < len(batches) else ""
-    return text + left_out
+    broken = sum(not finding.ok for finding in findings)
+    return (f"{broken} of {len(findings)} comparisons differ; " if broken else "") + text + left_out
 
 
 # -- Batches ---------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def measure(array: np.ndarray) -> Summary:
     """The summary of a parameter, a block of rows at a time."""
     found = Summary(array.shape, str(array.dtype))
     for _, block in _blocks(array):
-        values = block.astype(np.float64)
+        # A signalling NaN, as swapped bytes may make one, is no reason to stop.
+        with np.errstate(invalid="ignore"):
+            values = block.astype(np.float64)
         values = values[np.isfinite(values)]
         if values.size:
             found.count += values.size

@@ -29,7 +29,8 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     add_calibration(parser)
     parser.add_argument("--all", action="store_true", help="go on after the first broken rung")
     parser.add_argument("--seed", type=int, default=0, help="of the probe inputs")
-    parser.add_argument("--plant", metavar="CLASS", help="plant this mistake first, to see what is said of it")
+    planted = "plant this mistake first, to see what is said of it (`faults --list` names them)"
+    parser.add_argument("--plant", action="append", metavar="CLASS", help=planted)
 
 
 def add_ci(parser: argparse.ArgumentParser) -> None:

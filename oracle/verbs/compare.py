@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxgpt.errors import InputError
 from oracle.verbs import arguments as shared
 
 
@@ -22,14 +24,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
-    """Compare, and look for the cause if asked to; print and write the report."""
-    from oracle import ladder, subject
+    """Compare, and look for the cause if asked to; print and write the report.
+
+    Raises:
+        InputError: `--plant` names no class, or more than one, or one that this comparison cannot show.
+    """
+    from oracle import exposure, ladder, subject
     from oracle.faults import planting
     from oracle.reports import page, terminal
     from oracle.reports.outcome import Outcome
 
     start = time.perf_counter()
-    planted = {} if arguments.plant is None else {"plant": planting.planter(arguments.plant)}
+    fault = _planted(arguments.plant or [])
+    planted = {"plant": planting.planter(fault)} if fault else {}
     answer = subject.compare(
         arguments.checkpoint,
         arguments.reference,
@@ -41,8 +48,9 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
         progress=shared.progress,
         **planted,
     )
+    answer = exposure.with_causes(answer)
     if planted:
-        answer = replace(answer, environment={**answer.environment, "planted": arguments.plant})
+        answer = replace(answer, environment={**answer.environment, "planted": fault})
     print("\n".join(terminal.lines(answer)), flush=True)
     if arguments.json is not None:
         shared.write_json(arguments.json, answer.to_dict())
@@ -52,3 +60,12 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
     outcome = Outcome(name, answer, time.perf_counter() - start, rungs=tuple(ladder.LADDER))
     shared.write_ci(arguments, [outcome])
     return terminal.exit_code(answer)
+
+
+def _planted(names: Sequence[str]) -> str:
+    """The one class to be planted, or nothing."""
+    from oracle.faults import planting
+
+    if len(names) > 1:
+        raise InputError(f"--plant was given {len(names)} times; one fault is planted at a time: give it once")
+    return planting.known(names[0]) if names else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import InputError
+from oracle.reports import wording
 from oracle.verbs import arguments as given
 
 PAIRS, CLEAN = 50, 1000
@@ -14,6 +15,7 @@ PAIRS, CLEAN = 50, 1000
 def add(verbs: Any) -> None:
     """Add the parser."""
     parser: argparse.ArgumentParser = verbs.add_parser("faults", help="plant every known fault and count what is found")
+    parser.add_argument("--list", action="store_true", help="name every class and what it does; plant nothing")
     parser.add_argument("--out", type=Path, default=Path("build/faults"), help="where results are kept and go on from")
     parser.add_argument("--sample", type=int, metavar="N", help="plant N mutants of the catalogue only")
     parser.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help="double faults")
@@ -25,19 +27,23 @@ def add(verbs: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure what is not measured yet, write the tables; 1 if a target is missed.
+    """Measure what is not measured yet, write the tables; 1 if a target is missed. With `--list`, names alone.
 
     Raises:
         InputError: torch is missing, an argument makes no sense, or `--out` cannot be made.
     """
+    if arguments.list:
+        from oracle.faults import planting
+
+        print("\n".join(planting.listed()))
+        return 0
     given.require_torch()
     _check(arguments)
     from oracle.faults import figures, matrix
 
     if arguments.only and arguments.only not in figures.classes():
-        raise InputError(
-            f"--only: the catalogue has no class {arguments.only!r}; it has {', '.join(figures.classes())}"
-        )
+        names = ", ".join(wording.quoted(figures.classes()))
+        raise InputError(f"--only: the catalogue has no class {arguments.only!r}; it has {names}")
     options = {"sample": arguments.sample, "pairs": arguments.pairs, "runs": arguments.clean}
     chosen = matrix.plan(**options, seed=arguments.seed, only=arguments.only)
     records = matrix.measure(chosen, arguments.out, arguments.workers, _progress)
