@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -98,11 +99,29 @@ def candidates(directory: Path, step: int | None) -> list[Path]:
         return [directory]
     found = folders(directory)
     if not found:
-        what = "holds no checkpoint" if directory.is_dir() else "is no folder"
-        raise CheckpointError(f"{directory} {what}; give a run folder, with steps such as step-00000120")
+        raise CheckpointError(f"{directory} {_instead(directory)}")
     if step is not None and step not in found:
         raise CheckpointError(f"{directory} has no step {step}; it has {first([str(n) for n in sorted(found)], 12)}")
     return [found[n] for n in sorted(found, reverse=True) if step in (None, n)]
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """A run folder with a finished step, or such a step."""
+    return (directory / manifest.MANIFEST).is_file() or bool(folders(directory))
+
+
+def _instead(directory: Path) -> str:
+    """What a folder without a checkpoint is, and what to give in its place."""
+    if not directory.is_dir():
+        return "is no folder; give a run folder, with steps such as step-00000120"
+    inside: list[str] = []
+    if (directory / "config.json").is_file():
+        return f"is a Hugging Face folder, no checkpoint; `jaxgpt import {directory} DIR` makes one of it"
+    with suppress(OSError):  # what may not be read is none that could be named
+        inside = sorted(path.name for path in directory.iterdir() if path.is_dir() and is_checkpoint(path))
+    if inside:
+        return f"holds no checkpoint itself; give one of its folders: {first(inside)}"
+    return "holds no checkpoint; give a run folder, with steps such as step-00000120"
 
 
 def documents(step: int, contents: Contents, score: float | None) -> dict[str, str]:

@@ -4,6 +4,7 @@ Exit codes: 0 pass, 1 fail, 2 bad input or usage, 3 inconclusive, 4 the oracle i
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxgpt.errors import InputError
+from oracle.reports import wording
 from oracle.results import Inconclusive
 
 VERBS = ("compare", "bisect", "calibrate", "equivalence", "faults", "report", "record", "diff")
@@ -40,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parser().parse_args(arguments)
         return parsed.run(parsed)
     except InputError as error:
-        print(f"oracle: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("oracle: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -50,16 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return READER_GONE
     except Inconclusive as error:
-        print(f"INCONCLUSIVE. {error}.")
+        print(f"INCONCLUSIVE. {wording.sentence(one_line(str(error)))}")
         return INCONCLUSIVE
     except SystemExit:
         raise
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _refuse(f"{error.filename}: {error.strerror}; give a shorter path")
+        return _broke(error, debug)
     except BaseException as error:  # Rust code panics with what is no Exception; Python would exit with 1 then: fail
-        if debug:
-            traceback.print_exc()
-        reason = (str(error).splitlines() or [""])[0]
-        print(f"oracle: broke with {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
-        return BROKEN
+        return _broke(error, debug)
+
+
+def _refuse(message: str) -> int:
+    print(f"oracle: {one_line(message)}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _broke(error: BaseException, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    reason = one_line((str(error).splitlines() or [""])[0])
+    print(f"oracle: broke with {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+    return BROKEN
+
+
+LONGEST = 2000
+"""Characters of a message; of a longer one the middle is left out."""
+
+
+def one_line(message: str) -> str:
+    """What a user or a file gave may be in it: nothing in it moves the cursor or fills the screen."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in message)
 
 
 if __name__ == "__main__":

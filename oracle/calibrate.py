@@ -16,7 +16,7 @@ from typing import Any
 import jaxgpt
 import oracle
 import torchref
-from oracle import clean, limits, noise, workers
+from oracle import clean, limits, noise, output_file, workers
 from oracle.rungs import environment
 
 FACTOR = 4.0
@@ -54,9 +54,7 @@ def calibrate(out: Path = noise.CALIBRATION, *, quick: bool = False) -> Iterator
 
 def write(out: Path, document: dict[str, Any]) -> None:
     """The file appears whole or not at all."""
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    partial.replace(out)
+    output_file.write_text(out, json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 # -- Resuming --------------------------------------------------------------------------

@@ -32,21 +32,30 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors |= {name: _numpy(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+                names = [name for name in opened.keys() if not BUFFERS.search(name)]  # noqa: SIM118 (not a mapping)
+                tensors |= {name: _numpy(opened.get_tensor(name)) for name in names}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a readable safetensors file: {error}") from error
-    return {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
+    return tensors
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    outside = [name for name in names if Path(name).name != name]
+    """The one file where there is one, whatever an index beside it says: transformers reads that."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole]
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        outside = sorted(name for name in names if Path(name).name != name or name == "..")
+    except OSError as error:
+        raise InputError(f"{index} cannot be read: {error.strerror}; restore it") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index} is no index with a weight_map from tensors to files; restore it") from error
     if outside:
         raise InputError(f"{index} names {outside[0]}, outside the model directory; refused")
-    return [folder / name for name in names]
+    if not names:
+        raise InputError(f"{index} has an empty weight_map; restore it")
+    return [folder / name for name in sorted(names)]
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

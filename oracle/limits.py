@@ -10,10 +10,9 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from oracle import noise
 from oracle.clean import Record
 
-VERSION = 2
-"""Of the calibration file."""
 EXAMPLES = (10, 100)
 """Numbers of runs at which growth is told."""
 SHOWN = 6
@@ -28,7 +27,7 @@ def document(records: Sequence[Record], factor: float) -> dict[str, Any]:
     shuffled = sorted(records, key=lambda record: hashlib.sha256(record["run"].encode()).digest())
     by_op = _by_op(shuffled)
     return {
-        "version": VERSION,
+        "version": noise.VERSION,
         "factor": factor,
         "runs": [record["run"] for record in records],
         "maxima": _table(by_op, lambda of: [_rounded(value) for value in largest(of)]),

@@ -13,11 +13,12 @@ a small row beside large ones is not forgiven. Their limits come from clean runs
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -247,17 +248,65 @@ def load(path: Path) -> Calibration:
     """
     try:
         stored = json.loads(path.read_text())
-        calibration = Calibration(float(stored["factor"]), stored["maxima"], stored["environment"])
-        missing = [key for key in IDENTITY if not isinstance(calibration.environment.get(key), str)]
+        found = {key: stored[key] for key in ("version", "factor", "maxima", "environment")}
     except OSError as error:
         raise InputError(
             f"cannot read the calibration {path}: {error.strerror}; `python -m oracle calibrate --out {path}` makes one"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a calibration; `python -m oracle calibrate --out FILE` makes one") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a calibration; {_MAKE}") from error
+    problem = _problem(**found)
+    if problem:
+        raise InputError(f"{path} is not a calibration: {problem}; {_MAKE}")
+    environment = found["environment"]
+    missing = [key for key in IDENTITY if not isinstance(environment.get(key), str)]
     if missing:
         raise InputError(f"the calibration {path} does not say its {first(missing)}; make it again")
-    return calibration
+    return Calibration(float(found["factor"]), found["maxima"], environment)
+
+
+_MAKE = "`python -m oracle calibrate --out FILE` makes one"
+_FACTORS = (1.0, 100.0)
+"""Below, clean runs would fail; above, nothing would."""
+
+
+def _problem(version: object, factor: object, maxima: object, environment: object) -> str:
+    """What of a calibration's values cannot be; empty if all can."""
+    if type(version) is not int or version != VERSION:
+        return f"its version is {reprlib.repr(version)}, expected {VERSION}"
+    if not _is_number(factor) or not _FACTORS[0] <= factor <= _FACTORS[1]:
+        return f"its factor is {reprlib.repr(factor)}, expected a number from {_FACTORS[0]:g} to {_FACTORS[1]:g}"
+    if not isinstance(environment, dict):
+        return "its environment is no table"
+    place = _wrong_maximum(maxima)
+    return f"its maxima {place}, expected [aggregate, worst] by rung, dtype and op" if place else ""
+
+
+def _wrong_maximum(maxima: object) -> str:
+    """Which of the largest ratios is none, and what it is."""
+    if not isinstance(maxima, dict):
+        return f"are {reprlib.repr(maxima)}"
+    for rung, dtypes in maxima.items():
+        for dtype, ops in dtypes.items() if isinstance(dtypes, dict) else [("", None)]:
+            for op, pair in ops.items() if isinstance(ops, dict) else [("", None)]:
+                if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_ratio, pair)):
+                    what = "" if pair is None else f" {reprlib.repr(pair)}"
+                    return f"hold no two ratios{what} at {' '.join(filter(None, (rung, dtype, op)))[:80]}"
+    return ""
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
+
+
+def _is_ratio(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= _LARGEST_RATIO
+
+
+_LARGEST_RATIO = 1e9
+"""Clean runs have none near it."""
+VERSION = 2
+"""Of the calibration file."""
 
 
 IDENTITY = ("backend", "jax", "torch")

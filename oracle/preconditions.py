@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jaxgpt import checkpoint
+from jaxgpt import checkpoint, step_folder
 from jaxgpt.array_files import in_bytes
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig, hf_model_type
@@ -43,9 +44,20 @@ def check(directory: Path, source: Path | None, dtype: str) -> None:
     """
     described = checkpoint.describe(directory)
     config = ModelConfig.from_dict({key: described[key] for key in ModelConfig.__dataclass_fields__})
+    _refuse_too_small(config)
     if source is not None:
         _refuse_another_model(config, source)
     _refuse_too_large(config, described["parameters"], dtype)
+
+
+def _refuse_too_small(config: ModelConfig) -> None:
+    """One position has nothing to attend to or predict, and one token no other to be compared with."""
+    for name, what in (("vocab_size", "tokens"), ("max_position_embeddings", "positions")):
+        if getattr(config, name) < 2:
+            raise InputError(
+                f"the checkpoint has {name} {getattr(config, name)}: too small to compare, which takes 2 {what} at "
+                "least; give a larger model"
+            )
 
 
 # -- The same kind of model ------------------------------------------------------------
@@ -54,8 +66,8 @@ def check(directory: Path, source: Path | None, dtype: str) -> None:
 def _refuse_another_model(config: ModelConfig, source: Path) -> None:
     ours, found = hf_model_type(config), _config(source)
     theirs = found.get("model_type")
-    if theirs not in FAMILIES:
-        raise InputError(f"{source} is a model of type {theirs!r}; the oracle knows {', '.join(FAMILIES)}")
+    if not isinstance(theirs, str) or theirs not in FAMILIES:
+        raise InputError(f"{source} is a model of type {reprlib.repr(theirs)}; the oracle knows {', '.join(FAMILIES)}")
     if FAMILIES[theirs] != FAMILIES[ours]:
         raise InputError(f"{source} is a {theirs} model, the checkpoint a {ours} model; {REMEDY}")
     for name, keys in _SIZES.items():
@@ -65,7 +77,7 @@ def _refuse_another_model(config: ModelConfig, source: Path) -> None:
 
 
 def _count(size: object) -> str:
-    return f"{size:,}" if isinstance(size, int) else repr(size)
+    return f"{size:,}" if isinstance(size, int) and abs(size) < 1 << 63 else reprlib.repr(size)
 
 
 def _config(source: Path) -> dict[str, Any]:
@@ -74,8 +86,10 @@ def _config(source: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
         what = f"{source} has no config.json" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        if step_folder.is_checkpoint(source):
+            what = f"{source} is a jaxgpt checkpoint, as the first argument is"
         raise InputError(f"{what}; --reference takes a Hugging Face model folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON; restore it") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a JSON object; restore it")

@@ -23,12 +23,13 @@ from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf
-from oracle import ladder, memory, models, preconditions, subject, text_reference
+from oracle import ladder, memory, models, noise, preconditions, subject, text_reference
 from oracle.__main__ import main
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import Model, Reference
+from oracle.results import Report, RungResult
 from oracle.verbs import arguments
 
 CONFIG = models.MODELS["llama"] | {"num_hidden_layers": 1, "max_position_embeddings": 24}
@@ -99,6 +100,8 @@ def test_a_reference_of_another_model_is_refused_before_anything_is_read(
         (None, "{} has no config.json; --reference takes a Hugging Face model folder"),
         ("{", "{}/config.json is not readable JSON; restore it"),
         ("[]", "{}/config.json is not a JSON object; restore it"),
+        ("[" * 100_000, "{}/config.json is not readable JSON; restore it"),
+        ('{"model_type": ["llama"]}', "{} is a model of type ['llama']; the oracle knows gpt2, llama, qwen2"),
     ],
 )
 def test_a_folder_without_a_readable_config_is_refused(
@@ -123,6 +126,94 @@ def test_tensors_of_other_shapes_than_their_config_says_are_refused(
 def test_a_fault_of_the_config_translation_is_no_bad_input(place: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6, "model_type": "qwen2"}))
     preconditions.check(place / "run", tmp_path, "float32")
+
+
+# -- Another kind of folder ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("light")
+def test_a_folder_of_the_other_kind_is_told_by_name(place: Path, said: Callable[..., str]):
+    wanted = f"is a Hugging Face folder, no checkpoint; `jaxgpt import {place / 'hf'} DIR` makes one of it"
+    assert said(place / "hf") == f"{place / 'hf'} {wanted}"
+    told = said(place / "run", "--reference", place / "run")
+    assert told.startswith(f"{place / 'run'} is a jaxgpt checkpoint, as the first argument is; --reference takes a Hu")
+    assert said(place) == f"{place} holds no checkpoint itself; give one of its folders: run"
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("name", ["vocab_size", "max_position_embeddings"])
+def test_a_model_too_small_to_compare_is_refused(place: Path, said: Callable[..., str], tmp_path: Path, name: str):
+    subject.import_folder(models.write(CONFIG | {name: 1}, tmp_path / "hf", "float32", seed=5), tmp_path / "run")
+    told = said(tmp_path / "run", "--reference", place / "hf")
+    assert told.startswith(f"the checkpoint has {name} 1: too small to compare, which takes 2 ")
+
+
+@pytest.mark.usefixtures("light")
+def test_what_a_terminal_would_obey_is_written_out(place: Path, said: Callable[..., str]):
+    assert said(place / "x\x1b[31m\ny").endswith(
+        "/x\\x1b[31m\\ny is no folder; give a run folder, with steps such as step-00000120"
+    )
+    assert said("a" * 5000).endswith("aaa/manifest.json: File name too long; give a shorter path")
+    assert said(place / "run", "--html", "a" * 5000).endswith("cannot be a file: File name too long; name another")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"factor": factor}, f"its factor is {shown}, expected a number from 1 to 100")
+            for factor, shown in (
+                (float("nan"), "nan"),
+                (0, "0"),
+                (-4.0, "-4.0"),
+                (1e308, "1e+308"),
+                ("4", "'4'"),
+                ([4], "[4]"),
+                (True, "True"),
+                (None, "None"),
+            )
+        ),
+        ({"factor": 10**400}, "0000000000, expected a number from 1 to 100"),
+        ({"version": True}, "its version is True, expected 2"),
+        ({"version": [2]}, "its version is [2], expected 2"),
+        ({"environment": []}, "its environment is no table"),
+        ({"maxima": 5}, "its maxima are 5, expected [aggregate, worst] by rung, dtype and op"),
+        ({"maxima": {"forward": 5}}, "its maxima hold no two ratios at forward, expected"),
+        *(
+            ({"maxima": {"forward": {"float32": {"norm": pair}}}}, f"{shown} at forward float32 norm, expected")
+            for pair, shown in (
+                ([1.0], "[1.0]"),
+                ([1.0, "2"], "[1.0, '2']"),
+                ([1.0, -2.0], "[1.0, -2.0]"),
+                ([1.0, float("inf")], "[1.0, inf]"),
+                ([1.0, float("nan")], "[1.0, nan]"),
+            )
+        ),
+    ],
+)
+def test_values_that_no_calibration_has_are_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(json.loads(noise.CALIBRATION.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        noise.load(file)
+    assert str(error.value).startswith(f"{file} is not a calibration: its ")
+    assert message in str(error.value)
+
+
+def test_a_calibration_nested_too_deeply_is_refused(tmp_path: Path):
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is not a calibration; `python -m oracle calibrate"):
+        noise.load(tmp_path / "c.json")
+
+
+def test_an_environment_nested_too_deeply_is_no_report(said: Callable[..., str], tmp_path: Path):
+    deep: dict[str, Any] = {}
+    for _ in range(600):
+        deep = {"a": deep}
+    report = Report([RungResult("bits", [], "")], [], {}).to_dict()
+    (tmp_path / "r.json").write_text(json.dumps({**report, "environment": deep}))
+    told = said(tmp_path / "r.json", verb="report")
+    assert told.startswith(f"{tmp_path / 'r.json'}: values nested too deeply; give a file that")
 
 
 # -- Damage ----------------------------------------------------------------------------

@@ -370,13 +370,17 @@ def test_a_stale_file_is_exit_code_3_and_names_the_remedy(
     file.write_text(json.dumps(STORED | {"environment": STORED["environment"] | {"jax": "0.9.1"}}))
     assert main(["compare", str(checkpoint), "--calibration", str(file)]) == 3
     printed = capsys.readouterr().out
-    assert printed.startswith("INCONCLUSIVE. the noise was calibrated with jax 0.9.1, this is jax ")
+    assert printed.startswith("INCONCLUSIVE. The noise was calibrated with jax 0.9.1, this is jax ")
     assert "pass --calibration FILE" in printed
 
 
 def test_the_limits_of_a_named_file_are_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "tight.json"
-    file.write_text(json.dumps(STORED | {"factor": 1e-6, "environment": environment.versions()}))
+    exact = {
+        rung: {dtype: {op: [0.0, 0.0] for op in ops} for dtype, ops in dtypes.items()}
+        for rung, dtypes in STORED["maxima"].items()
+    }
+    file.write_text(json.dumps(STORED | {"maxima": exact, "environment": environment.versions()}))
     assert main(["compare", str(checkpoint), "--calibration", str(file)]) == 1
     assert capsys.readouterr().out.startswith("FAIL. First divergence: embed.sum, op add")
 
@@ -389,7 +393,7 @@ def test_the_limits_of_a_named_file_are_used(checkpoint: Path, tmp_path: Path, c
         ('{"factor": 4}', "is not a calibration"),
         ("[]", "is not a calibration"),
         (
-            '{"factor": 4, "maxima": {}, "environment": {"jax": "0.10.2"}}',
+            '{"version": 2, "factor": 4, "maxima": {}, "environment": {"jax": "0.10.2"}}',
             "does not say its backend, torch",
         ),
     ],

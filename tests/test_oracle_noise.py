@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from oracle import clean, limits, noise
+from oracle import clean, noise
 from oracle.noise import Calibration, kl_ratios, ratios
 from oracle.results import Inconclusive
 
@@ -101,7 +101,7 @@ def test_what_was_never_calibrated_is_inconclusive():
 
 def test_the_stored_limits_say_where_they_come_from():
     stored = json.loads(noise.CALIBRATION.read_text())
-    assert stored["version"] == limits.VERSION
+    assert stored["version"] == noise.VERSION
     assert {"jax", "torch", "numpy", "backend"} <= stored["environment"].keys()
     assert stored["runs"]
     assert set(clean.RUNGS) <= stored["maxima"].keys()

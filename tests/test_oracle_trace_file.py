@@ -103,6 +103,7 @@ def described(**changes: Any) -> dict[str, Any]:
         ("[1]", "holds tensors but no trace"),
         (described(version=99), f"has trace version 99, this oracle reads {VERSION}; record it again"),
         (described(version=...), "has trace version unknown"),
+        (described(version=True), "has trace version unknown"),
         (described(taps=["a", "b"]), "its list of taps and its tensors disagree about 'taps/b'"),
         (described(taps=[]), "disagree about 'taps/a'"),
         (described(taps=["a", "a"]), "holds a name twice"),
@@ -146,6 +147,22 @@ def test_a_header_that_lies_about_a_shape_is_refused(tmp_path: Path):
     (tmp_path / "a.trace").write_bytes(whole.replace(b'"shape":[2,3]', b'"shape":[9,9]'))
     with pytest.raises(InputError, match=r"tensor taps/a of shape \[9, 9\] does not fill its bytes"):
         load(tmp_path / "a.trace")
+
+
+@pytest.mark.parametrize("shape", [[1] * 100 + [0], [0, 2**62, 2**62]])
+def test_a_shape_that_no_array_has_is_refused(tmp_path: Path, shape: list[int]):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    metadata = {"oracle_trace": json.dumps(described())}
+    header = json.dumps({"taps/a": entry, "__metadata__": metadata}).encode()
+    (tmp_path / "x.trace").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match=rf"x\.trace: a has the shape .* \({len(shape)} axes\), which no array has"):
+        load(tmp_path / "x.trace")
+
+
+def test_a_text_is_no_trace(tmp_path: Path):
+    (tmp_path / "README.md").write_text("# jaxgpt\n\nA language model.\n")
+    with pytest.raises(InputError, match=r"^README\.md is no trace; give a file written by `python -m oracle record`$"):
+        load(tmp_path / "README.md")
 
 
 @pytest.mark.parametrize("name", ["nothing", "."])

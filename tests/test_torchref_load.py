@@ -130,6 +130,40 @@ def test_an_index_that_names_a_missing_shard_is_refused(folder: Folder) -> None:
     assert "names model-00001-of-00002.safetensors, which" in folder.refusal()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON: it is nested too deeply"),
+        ("[]", "holds a list; expected a JSON object"),
+        *((text, "has no weight_map from tensors to files") for text in ("{}", '{"weight_map": []}')),
+        *((f'{{"weight_map": {text}}}', "has no weight_map from tensors to files") for text in ("{}", '{"a": 5}')),
+    ],
+)
+def test_an_index_that_is_none_is_refused(folder: Folder, text: str, words: str) -> None:
+    folder.index()
+    (folder.path / "model.safetensors.index.json").write_text(text)
+    assert words in folder.refusal()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_parameters_that_are_no_floats_are_refused_whatever_dtype_is_asked_for(
+    folder: Folder, dtype: torch.dtype
+) -> None:
+    name = "transformer.h.1.ln_1.weight"
+    folder.save({**folder.tensors(), name: torch.ones(36).to(dtype)})
+    with pytest.raises(torchref.LoadError, match=rf"hold what is not F64, F32, F16, BF16: {name} \("):
+        torchref.load(folder.path, torch.float32)
+
+
+def test_frequencies_that_old_llama_files_carry_are_left_out(llama_folder: Folder) -> None:
+    expected = torchref.load(llama_folder.path)
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(7) for i in range(3)}
+    llama_folder.save({**llama_folder.tensors(), **buffers})
+    ids = torch.arange(9)[None]
+    assert torch.equal(torchref.load(llama_folder.path)(ids), expected(ids))
+
+
 def test_two_shards_with_the_same_tensor_are_refused(folder: Folder) -> None:
     save_file(folder.tensors(), folder.path / "a.safetensors")
     save_file(folder.tensors(), folder.path / "b.safetensors")
@@ -171,6 +205,18 @@ def test_a_folder_without_weights_or_config_is_refused(folder: Folder) -> None:
         ({"head_dim": None, "hidden_size": 44}, "hidden_size=44, which is not a multiple of num_attention_heads=6"),
         ({"hidden_act": "relu"}, "has hidden_act='relu'"),
         ({"layer_types": ["sliding_attention"]}, "layer_types other than full_attention"),
+        ({"layer_types": True}, "has layer_types=True; expected a list"),
+        ({"layer_types": 3}, "has layer_types=3; expected a list"),
+        ({"model_type": ["llama"]}, "has model_type ['llama']; torchref reads"),
+        ({"hidden_act": {}}, "has hidden_act={}; torchref knows"),
+        ({"rope_parameters": ["x"]}, "has rope_parameters=['x']; expected an object"),
+        ({"rope_parameters": "x"}, "has rope_parameters='x'; expected an object"),
+        ({"rope_parameters": True}, "has rope_parameters=True; expected an object"),
+        ({"num_attention_heads": 6 * 10**29}, "; expected at most 268,435,456"),
+        ({"head_dim": 10**30}, "; expected at most 268,435,456"),
+        ({"head_dim": 2**28}, "has 6 heads of dimension 268435456; expected at most"),
+        ({"rms_norm_eps": 10**400}, "; expected a positive number"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "; expected a positive number"),
     ],
 )
 def test_a_llama_config_that_means_another_model_is_refused(

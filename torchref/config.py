@@ -4,6 +4,8 @@ A key that is neither understood nor known to change nothing is refused: a
 reference that ignores what it does not know is no reference.
 """
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +86,7 @@ def read(raw: Mapping[str, Any]) -> Config:
     elif model_type in ("llama", "qwen2"):
         config = _llama(keys, qwen2=model_type == "qwen2")
     else:
-        raise LoadError(f"config.json has model_type {model_type!r}; torchref reads gpt2, llama and qwen2")
+        raise LoadError(f"config.json has model_type {reprlib.repr(model_type)}; torchref reads gpt2, llama and qwen2")
     keys.finish()
     return config
 
@@ -119,6 +121,10 @@ _ONLY_VALUE: Mapping[str, object] = {
 }
 
 
+_LARGEST = 1 << 28
+"""Of a size: the bytes of a matrix of two such still fit a 64-bit integer."""
+
+
 class _Keys:
     """Values of a JSON object; what nobody took is refused at the end."""
 
@@ -139,37 +145,45 @@ class _Keys:
         return default  # null means the default, as in transformers
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; without a default, the key must be there."""
+        """A positive integer that tensors can have; without a default, the key must be there."""
         value = self._given(key, default)
-        if type(value) is not int or value < 1:
-            raise LoadError(f"{self.name} has {key}={value!r}; expected a positive integer")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            wanted = "a positive integer" if type(value) is not int or value < 1 else f"at most {_LARGEST:,}"
+            raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; expected {wanted}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number; without a default, the key must be there."""
         value = self._given(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise LoadError(f"{self.name} has {key}={value!r}; expected a positive number")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; expected a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.take(key, default)
         if type(value) is not bool:
-            raise LoadError(f"{self.name} has {key}={value!r}; expected true or false")
+            raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; expected true or false")
         return value
 
     def activation(self, key: str, default: str) -> str:
         value = self.take(key, default)
-        if value not in _ACTIVATIONS:
-            raise LoadError(f"{self.name} has {key}={value!r}; torchref knows {', '.join(_ACTIVATIONS)}")
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; torchref knows {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[value]
+
+    def table(self, key: str) -> Mapping[str, Any] | None:
+        """An object, or None where the key is missing or null."""
+        value = self.take(key, None)
+        if not isinstance(value, dict | None):
+            raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; expected an object")
+        return value
 
     def finish(self) -> None:
         """Refuse keys nobody took, and values that mean another model."""
         for key, only in _ONLY_VALUE.items():
             value = self.take(key, None)
             if value is not None and value != only:
-                raise LoadError(f"{self.name} has {key}={value!r}; torchref implements {only!r} only")
+                raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; torchref implements {only!r} only")
         unknown = sorted(self.left - _WITHOUT_EFFECT)
         if unknown:
             raise LoadError(f"{self.name} has keys torchref does not know: {listed(unknown)}")
@@ -205,7 +219,14 @@ def _llama(keys: _Keys, *, qwen2: bool) -> LlamaConfig:
         _multiple("hidden_size", width, "num_attention_heads", heads)
     head_dim = keys.size("head_dim", max(1, width // heads))
     _multiple("head_dim", head_dim, "the pair size of RoPE", 2)
-    if any(kind != "full_attention" for kind in keys.take("layer_types", None) or ()):
+    if heads * head_dim > _LARGEST:
+        raise LoadError(
+            f"config.json has {heads} heads of dimension {head_dim}; expected at most {_LARGEST:,} together"
+        )
+    layer_types = keys.take("layer_types", None)
+    if not isinstance(layer_types, list | None):
+        raise LoadError(f"config.json has layer_types={reprlib.repr(layer_types)}; expected a list")
+    if any(kind != "full_attention" for kind in layer_types or ()):
         raise LoadError("config.json has layer_types other than full_attention; torchref implements that only")
     # Qwen2's biases are part of its code, not of its config: a key for them is refused as unknown.
     bias = True if qwen2 else keys.flag("attention_bias", False)
@@ -236,7 +257,7 @@ def _kv_heads(keys: _Keys, heads: int, qwen2: bool) -> int:
 
 def _rope(keys: _Keys) -> Rope:
     """`rope_parameters` (transformers 5) wins over `rope_theta` and `rope_scaling` (4)."""
-    old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
+    old, new = keys.table("rope_scaling"), keys.table("rope_parameters")
     theta = keys.number("rope_theta", 10000.0)
     scaling = _Keys(new or old or {}, "config.json's rope scaling")
     theta = scaling.number("rope_theta", theta)
@@ -249,7 +270,9 @@ def _rope(keys: _Keys) -> Rope:
     elif kind == "llama3":
         rope = _llama3(theta, scaling)
     else:
-        raise LoadError(f"config.json has rope type {kind!r}; torchref implements default, linear and llama3")
+        raise LoadError(
+            f"config.json has rope type {reprlib.repr(kind)}; torchref implements default, linear and llama3"
+        )
     scaling.finish()
     return rope
 

@@ -66,8 +66,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
         _refuse_absent_layers(config, len(slices))
         with torch.device("meta"):
             model = _empty(config)
-        if isinstance(model, GPT2LMHead):
-            slices = _gpt2_names(slices)
+        slices = _gpt2_names(slices) if isinstance(model, GPT2LMHead) else _without_frequencies(slices)
+        _refuse_not_real(slices)
         _check(model, {name: tuple(slice.get_shape()) for name, slice in slices.items()})
         dtype = dtype or _dtype(slices)
         tensors = {name: slice[...].to(dtype) for name, slice in slices.items()}
@@ -95,6 +95,8 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoadError(f"{path.parent} has no {path.name}; expected a Hugging Face model folder") from None
+    except RecursionError:
+        raise LoadError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (ValueError, OSError) as error:
         raise LoadError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -123,11 +125,11 @@ def _files(folder: Path) -> list[str]:
     if not (folder / INDEX).exists():
         raise LoadError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight formats are not read")
     names = _json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise LoadError(f"{folder / INDEX} has no weight_map")
-    shards = sorted({str(name) for name in names.values()})
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise LoadError(f"{folder / INDEX} has no weight_map from tensors to files")
+    shards = sorted(set(names.values()))
     for shard in shards:
-        if shard != Path(shard).name or "\\" in shard or shard == "..":
+        if shard != Path(shard).name or "\\" in shard or shard == ".." or "\0" in shard:
             raise LoadError(f"{INDEX} names {shard}, outside the model directory; refused")
         if not (folder / shard).is_file():
             raise LoadError(f"{INDEX} names {shard}, which {folder} lacks")
@@ -141,6 +143,19 @@ def _gpt2_names(slices: Mapping[str, Any]) -> dict[str, Any]:
     if any(name.startswith("transformer.") for name in kept):
         return kept
     return {name if name == "lm_head.weight" else f"transformer.{name}": slice for name, slice in kept.items()}
+
+
+def _without_frequencies(slices: Mapping[str, Any]) -> dict[str, Any]:
+    """Old Llama files carry RoPE's frequencies as buffers; they follow from the config."""
+    buffer = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+    return {name: slice for name, slice in slices.items() if not buffer.fullmatch(name)}
+
+
+def _refuse_not_real(slices: Mapping[str, Any]) -> None:
+    """Integers converted to floats would load, and be another model."""
+    wrong = [f"{name} ({slice.get_dtype()})" for name, slice in slices.items() if slice.get_dtype() not in _DTYPES]
+    if wrong:
+        raise LoadError(f"the weights hold what is not {', '.join(_DTYPES)}: {listed(wrong)}; convert them")
 
 
 def _check(model: Decoder, found: Mapping[str, tuple[int, ...]]) -> None:

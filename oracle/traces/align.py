@@ -45,13 +45,13 @@ class Alignment:
     """What the map calls in B those of A that B lacks under that name."""
 
 
-def align(a: Sequence[str], b: Sequence[str], rules: Sequence[Rule] = ()) -> Alignment:
-    """Pair the names of two traces.
+def align(a: Sequence[str], b: Sequence[str], rules: Sequence[Rule] = (), unrecorded: Sequence[str] = ()) -> Alignment:
+    """Pair the names of two traces; `unrecorded` are taps of B that could not be recorded.
 
     Raises:
-        InputError: a rule that matches nothing, or two taps of A that map to one of B.
+        InputError: a rule that matches nothing or leads to nothing, or two taps of A that map to one of B.
     """
-    name_map.refuse_idle(rules, a, b)
+    name_map.refuse_idle(rules, a, [*b, *unrecorded])
     waived_b = {name for name in b if any(rule.in_b and rule.match.fullmatch(name) for rule in rules)}
     present = set(b) - waived_b
     pairs: list[Pair] = []

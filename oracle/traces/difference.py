@@ -81,7 +81,7 @@ def diff(
     if truth is not None:
         check_truth(truth, a)
     judge = Judge(truth, repetition)
-    alignment = align.align(list(a.taps), list(b.taps), rules)
+    alignment = align.align(list(a.taps), list(b.taps), rules, list(b.left_out))
     suggestions = align.suggest(a.taps, b.taps, alignment.only_a, alignment.only_b)
     others = {"B": b, "the truth": truth, "the repetition": repetition}
     problem = _unsound(a, others, alignment, measured=truth is not None or repetition is not None)

@@ -23,6 +23,7 @@ from oracle.traces import layout
 from oracle.traces.layout import Pattern
 
 NONE = "-"
+_KINDS = "a file of lines `name in A = name in B`, or of JSON"
 _GROUP = re.compile(r"\\(\d+)")
 
 
@@ -56,26 +57,32 @@ def load(path: Path) -> list[Rule]:
     """
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the map {path} cannot be read: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise InputError(f"the map {path} cannot be read: {error.strerror}; give {_KINDS}") from None
+    except ValueError:
+        raise InputError(f"the map {path} is no text in UTF-8; give {_KINDS}") from None
     pairs = _json_pairs(path, text) if text.lstrip().startswith("{") else _line_pairs(path, text)
     rules: list[Rule] = []
     for where, left, right in pairs:
         try:
             rules.append(_rule(left, right))
-        except (InputError, re.error) as error:
-            raise InputError(f"{path.name} {where}: {error}") from None
+        except (InputError, re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"{path.name} {where}: {_shortened(str(error))}") from None
     return rules
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"
 
 
 def _json_pairs(path: Path, text: str) -> list[tuple[str, str, str]]:
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is no JSON: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path.name} is no JSON: {str(error).splitlines()[0]}; correct it") from None
     if not all(isinstance(value, str) for value in table.values()):
         raise InputError(f'{path.name}: a JSON map is an object of texts, {{"name in A": "name in B"}}')
-    return [(f"at {key!r}", key, value) for key, value in table.items()]
+    return [(f"at {_shortened(key)!r}", key, value) for key, value in table.items()]
 
 
 def _line_pairs(path: Path, text: str) -> list[tuple[str, str, str]]:
@@ -86,7 +93,9 @@ def _line_pairs(path: Path, text: str) -> list[tuple[str, str, str]]:
             continue
         left, equals, right = rule.partition(" = ")
         if not equals or not left.strip() or not right.strip():
-            raise InputError(f"{path.name} line {number}: {rule!r} is no rule; write `name in A = name in B`")
+            raise InputError(
+                f"{path.name} line {number}: {_shortened(rule)!r} is no rule; write `name in A = name in B`"
+            )
         pairs.append((f"line {number}", left.strip(), right.strip()))
     return pairs
 
@@ -101,7 +110,7 @@ def _rule(left: str, right: str) -> Rule:
         return Rule(text, _match(left), None)
     rule = Rule(text, _match(left), _template(left, name.strip()), pattern)
     if rule.template is not None and rule.match.groups < _highest_group(rule.template):
-        raise InputError(f"`{text}` names more parts on the right than the left side has")
+        raise InputError(f"`{_shortened(text)}` names more parts on the right than the left side has")
     return rule
 
 
@@ -128,12 +137,22 @@ def _highest_group(template: str) -> int:
 
 
 def refuse_idle(rules: Sequence[Rule], a: Sequence[str], b: Sequence[str]) -> None:
-    """A rule that matches nothing is a mistake in the map.
+    """A rule that matches nothing, or only what B does not have, is a mistake in the map.
+
+    Args:
+        rules: of the map.
+        a: names of A's taps.
+        b: names of B's taps, and of those that B could not record.
 
     Raises:
         InputError: naming the first such rule.
     """
+    present = set(b)
     for rule in rules:
         side, names = ("B", b) if rule.in_b else ("A", a)
         if not any(rule.match.fullmatch(name) for name in names):
-            raise InputError(f"the map's rule `{rule.text}` matches no tap of {side}; correct or remove it")
+            raise InputError(f"the map's rule `{_shortened(rule.text)}` matches no tap of {side}; correct or remove it")
+        targets = [] if rule.in_b else [other for name in a if (other := rule.counterpart(name)) is not None]
+        if targets and not present.intersection(targets):
+            missing = f"`{_shortened(rule.text)}` leads to {_shortened(targets[0])}"
+            raise InputError(f"the map's rule {missing}, which B does not have; correct or remove it")

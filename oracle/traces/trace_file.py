@@ -8,6 +8,7 @@ mapped: a trace larger than memory can be compared.
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxgpt.errors import InputError
 from jaxgpt.formats import safetensors_file
+from oracle import output_file
 from oracle.traces.trace import Trace
 
 VERSION = 1
@@ -45,17 +47,15 @@ def save(trace: Trace, path: Path | str) -> None:
             if array.dtype.newbyteorder("=") not in _STORABLE:
                 raise InputError(f"{name} is {array.dtype}, which a trace cannot hold; convert or exclude it")
             tensors[f"{kind}/{name}"] = np.asarray(array, order="C")
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata={_KEY: json.dumps(_description(trace))})
-        partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with output_file.whole(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode
+            save_file(tensors, partial, metadata={_KEY: json.dumps(_description(trace))})
+            partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {_first_line(error)}") from None
 
 
@@ -78,6 +78,7 @@ def load(path: Path | str) -> Trace:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is no file; give a trace written by `python -m oracle record`")
+    _refuse_no_trace(path)
     header, begin = safetensors_file.read_header(path)
     described = _read_description(path)
     names = {kind: _names(path, described, kind) for kind in ("taps", "inputs")}
@@ -87,9 +88,20 @@ def load(path: Path | str) -> Trace:
         raise InputError(f"{path.name}: its list of taps and its tensors disagree about {different!r}; record it again")
     # One mapping for all: each would hold a file descriptor.
     data = np.memmap(path, np.uint8, "r")[begin:]
-    arrays = {kind: {name: _array(data, header[f"{kind}/{name}"]) for name in group} for kind, group in names.items()}
+    arrays = {kind: {n: _array(path, n, data, header[f"{kind}/{n}"]) for n in group} for kind, group in names.items()}
     texts = [_texts(path, described, key) for key in ("environment", "left_out")]
     return Trace(arrays["taps"], arrays["inputs"], *texts)
+
+
+def _refuse_no_trace(path: Path) -> None:
+    """A text or picture is no damaged trace: after a length every trace begins with a brace."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(9)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give a trace that may be read") from None
+    if len(begins) == 9 and begins[8:] != b"{":
+        raise InputError(f"{path.name} is no trace; give a file written by `python -m oracle record`")
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -102,8 +114,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise InputError(f"{path.name} holds tensors but no trace; write one with `python -m oracle record`")
     version = described.get("version")
-    if version != VERSION:
-        shown = version if isinstance(version, int) else "unknown"
+    if type(version) is not int or version != VERSION:
+        shown = reprlib.repr(version) if type(version) is int else "unknown"
         raise InputError(f"{path.name} has trace version {shown}, this oracle reads {VERSION}; record it again")
     return described
 
@@ -125,10 +137,18 @@ def _texts(path: Path, described: Mapping[str, Any], key: str) -> dict[str, str]
     return texts
 
 
-def _array(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+def _array(path: Path, name: str, data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     start, stop = entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise InputError(
+            f"{path.name}: {name} is {entry['dtype']}; a trace holds {', '.join(_DTYPES)}; record it again"
+        )
     dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    return data[start:stop].view(dtype).reshape(shape) if math.prod(shape) else np.zeros(shape, dtype)
+    try:
+        return data[start:stop].view(dtype).reshape(shape) if math.prod(shape) else np.zeros(shape, dtype)
+    except (ValueError, OverflowError):
+        sizes = f"{reprlib.repr(list(shape))} ({len(shape)} axes)"
+        raise InputError(f"{path.name}: {name} has the shape {sizes}, which no array has; record it again") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -4,14 +4,13 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt.errors import InputError
+from oracle import output_file
 
 if TYPE_CHECKING:
     from oracle.noise import Calibration
@@ -89,11 +88,9 @@ def require_torch() -> None:
 
 
 def require_parent(option: str, path: Path | None) -> None:
-    """Raises InputError where a file to be written has no folder to be in, or is one."""
-    if path is not None and not os.path.isdir(path.parent):
-        raise InputError(f"{option}: the folder {path.parent} does not exist; create it first")
-    if path is not None and os.path.isdir(path):
-        raise InputError(f"{option}: {path} is a folder; name a file in it")
+    """Raises InputError where a file that was asked for cannot be written."""
+    if path is not None:
+        output_file.require(option, path)
 
 
 def progress(name: str) -> None:
@@ -103,19 +100,8 @@ def progress(name: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}; name another file") from error
+    """See `output_file.write_text`."""
+    output_file.write_text(path, text)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -134,4 +120,4 @@ def write_ci(arguments: argparse.Namespace, outcomes: Sequence["Outcome"]) -> No
     if arguments.junit is not None:
         write_text(arguments.junit, junit.render(outcomes))
     if arguments.summary is not None:
-        summary.append(arguments.summary, summary.render(outcomes))
+        output_file.append(arguments.summary, summary.render(outcomes))

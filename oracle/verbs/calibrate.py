@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import InputError
+from oracle import output_file
 from oracle.verbs import arguments as shared
 
 
@@ -24,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     shared.require_torch()
     shared.require_parent("--out", arguments.out)
+    if arguments.out is not None and output_file.in_place(arguments.out):
+        raise InputError(f"--out: {arguments.out} is a device, a pipe or a stream; name a file")
     if arguments.quick and arguments.out is None:
         raise InputError("--quick needs --out FILE: the oracle's own limits come from the full plan")
     from oracle import noise

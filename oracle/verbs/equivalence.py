@@ -20,10 +20,10 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry it out; the exit code. On GitHub the job's summary page gets the summary without being asked."""
     shared.require_torch()
-    shared.check_ci(arguments)
     github = os.environ.get("GITHUB_STEP_SUMMARY")
     if arguments.summary is None and github:
         arguments.summary = Path(github)
+    shared.check_ci(arguments)
     from oracle import equivalence
 
     outcomes = equivalence.show(arguments.out, arguments.calibration)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.errors import InputError
 from oracle.verbs import arguments as shared
 
 
@@ -24,9 +25,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     shared.require_parent("--html", arguments.html)
     shared.check_ci(arguments)
-    report = json_report.read(arguments.report)
+    try:
+        report = json_report.read(arguments.report)
+        rendered = page.render(report) if arguments.html is not None else ""
+    except RecursionError:
+        raise InputError(f"{arguments.report}: values nested too deeply; {json_report.REMEDY}") from None
     if arguments.html is not None:
-        shared.write_text(arguments.html, page.render(report))
+        shared.write_text(arguments.html, rendered)
     seconds = sum(rung.seconds for rung in report.rungs)
     shared.write_ci(arguments, [Outcome(arguments.report.stem, report, seconds, rungs=tuple(evidence.ASKS))])
     if arguments.text or not (arguments.html or arguments.junit or arguments.summary):
