@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from oracle import agreement, equivalence
+from oracle import agreement, equivalence, output_file
 from oracle.__main__ import main
 from oracle.reports import junit, summary
 from oracle.reports.outcome import Outcome
@@ -181,8 +181,8 @@ def test_a_summary_is_never_larger_than_github_shows():
 
 def test_a_summary_is_appended(tmp_path: Path):
     file = tmp_path / "summary.md"
-    summary.append(file, "one\n")
-    summary.append(file, "two\n")
+    output_file.append(file, "one\n")
+    output_file.append(file, "two\n")
     assert file.read_text() == "one\ntwo\n"
 
 

@@ -2,9 +2,7 @@
 
 import html
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from jaxgpt.errors import InputError
 from oracle.reports import terminal
 from oracle.reports.junit import clean
 from oracle.reports.outcome import Outcome
@@ -79,16 +77,3 @@ def _details(wrong: Sequence[Outcome], count: int) -> Iterator[str]:
     if len(wrong) > count and count:
         yield ""
         yield f"+{len(wrong) - count} more in the reports."
-
-
-def append(path: Path, text: str) -> None:
-    """Behind what the file holds already: several commands of a step write to one.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}; name another file") from error
