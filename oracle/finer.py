@@ -20,6 +20,11 @@ LATE = (gradients.NAME, optimizer.NAME)
 """Rungs in which a difference may show that began before."""
 
 
+def hides(dtype: str) -> bool:
+    """Rounding in a dtype hides what would show in float32."""
+    return dtype != DTYPE
+
+
 def look(
     comparison: Comparison, broken: RungResult, progress: Callable[[str], None]
 ) -> tuple[Comparison, RungResult] | None:
@@ -28,8 +33,8 @@ def look(
     Not for a large model, of which a further reference would be too much.
     """
     place = comparison.source or comparison.export
-    is_fine = comparison.candidate.dtype == DTYPE
-    if broken.name not in LATE or is_fine or place is None or training_probe.is_large(comparison.candidate.config):
+    large = training_probe.is_large(comparison.candidate.config)
+    if broken.name not in LATE or not hides(comparison.candidate.dtype) or place is None or large:
         return None
     candidate = replace(comparison.candidate, dtype=DTYPE)
     fine = replace(comparison, candidate=candidate, reference=Reference.load(place, DTYPE), export=None)

@@ -17,7 +17,7 @@ from jaxgpt.checkpoint import Contents
 from jaxgpt.formats import hf
 from jaxgpt.taps import Wiring, names
 from jaxgpt.tokenizer import Tokenizer
-from oracle import clean, diagnosis, ladder, models, noise
+from oracle import clean, diagnosis, finer, ladder, models, noise
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.faults.mutants import CONFIGS, SEED, WITH_TEXT, Key, Mutant, config_of, of
@@ -97,9 +97,11 @@ def bisected(mutant: Mutant) -> Report:
 
 
 def _rungs(broken: str, mutant: Mutant) -> list[str]:
-    """Up to the rung behind all that were broken or expected to be."""
+    """Up to the rung behind all that were broken or expected to be; of two faults one may show in the optimizer only,
+    in float32."""
     ladder_ = list(ladder.LADDER)
     wanted = {broken, *(rung for rung, _ in mutant.expected)}
+    wanted |= {optimizer.NAME} if len(mutant.faults) > 1 and finer.hides(mutant.dtype) else set()
     last = max(number for number, name in enumerate(ladder_) if name in wanted)
     return ladder_[: last + 2]
 
