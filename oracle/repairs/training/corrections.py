@@ -131,17 +131,27 @@ def answering(site: TrainingSite, change: Change) -> dict[str, Any]:
 
 
 def moved(site: Site, wrong: Answer) -> Change | None:
-    """Adds what is right and takes away what is wrong, where the answer is the hypothesised; None if nowhere."""
+    """Adds what is right and takes away what is wrong, where the answer is the hypothesised; None if nowhere.
+
+    An answer that is too large is first made smaller, as its rounding is too large as well.
+    """
     true = site.once(right)
-    by = true.loss - wrong.loss if loss_is(site, wrong.loss) else 0.0
-    moves = (
-        {name: (true.gradients[name] - wrong.gradients[name]).astype(np.float32) for name in wrong.gradients}
-        if gradients_are(site, wrong.gradients)
-        else {}
-    )
-    if not by and not moves:
+    is_loss, are_gradients = loss_is(site, wrong.loss), gradients_are(site, wrong.gradients)
+    if not is_loss and not are_gradients:
         return None
-    return lambda value, found: (value + by, {n: g + moves.get(n, 0.0) for n, g in found.items()})
+    of_loss = _share(abs(true.loss), abs(wrong.loss)) if is_loss else 1.0
+    by = true.loss - of_loss * wrong.loss if is_loss else 0.0
+    share = _share(distance({}, true.gradients), distance({}, wrong.gradients)) if are_gradients else 1.0
+    moves = {
+        name: (true.gradients[name] - share * gradient).astype(np.float32)
+        for name, gradient in wrong.gradients.items()
+        if are_gradients
+    }
+    return lambda value, found: (of_loss * value + by, {n: share * g + moves.get(n, 0.0) for n, g in found.items()})
+
+
+def _share(true: float, wrong: float) -> float:
+    return true / wrong if 0.0 < true < wrong else 1.0
 
 
 def divided(site: Site, factor: float) -> Change | None:
