@@ -61,7 +61,7 @@ def test_a_checkpoint_of_other_weights_fails_and_names_the_first_parameter(
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     assert main(["compare", str(folders[1]), "--reference", str(other)]) == 1
     printed = capsys.readouterr().out
-    first = "FAIL. First divergence: layers.0.mlp.up.kernel, a parameter, against the reference’s file. 1 of 2,184"
+    first = "FAIL. First divergence: layers.0.mlp.up.kernel, a parameter, against the reference's file. 1 of 2,184"
     assert printed.startswith(first)
 
 

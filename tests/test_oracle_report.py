@@ -191,7 +191,7 @@ def test_tokens_are_shown_with_their_margins_against_the_noise_wrong_ones_first(
 
 
 def test_a_parameter_is_said_to_differ_from_a_file():
-    for where, said in (("reference", "against the reference’s file"), ("export", "against its own export")):
+    for where, said in (("reference", "against the reference's file"), ("export", "against its own export")):
         found = Finding("layers.1.attn.q", "kernel", ok=False, where=where, problem="it differs")
         text, seen = both_forms(Report([RungResult("bits", [found, found], "")], [], {}))
         assert f"a parameter, {said}. It differs." in text

@@ -45,7 +45,7 @@ def place(rung: str, found: Finding) -> str:
 
 def where(found: Finding) -> str:
     """Probe, step or index; of a parameter, the file it was compared with."""
-    files = {"reference": "against the reference’s file", "export": "against its own export"}
+    files = {"reference": "against the reference's file", "export": "against its own export"}
     return files.get(found.where, found.where)
 
 
