@@ -36,10 +36,8 @@ def _errors(rungs: Sequence[RungResult]) -> Iterator[Figure]:
 def _greedy(dtype: str, rungs: Sequence[RungResult]) -> Iterator[Figure]:
     counts = [rung.figures for rung in rungs if decode.GREEDY in rung.figures]
     if counts:
-        total, right = (int(sum(count[name] for count in counts for name in names)) for names in (TOTAL, RIGHT))
+        total = int(sum(count[decode.GREEDY] for count in counts))
+        right = sum(count[decode.EXACT] + count[decode.TIES] for count in counts)
         yield Figure(f"{dtype}: greedy tokens exact or certified ties", right / total, total, 1.0)
         most = max(count[decode.GREEDY] for count in counts)
         yield Figure(f"{dtype}: greedy tokens of one model", most, len(counts), STEPS * PROMPTS, is_share=False)
-
-
-TOTAL, RIGHT = (decode.GREEDY,), (decode.EXACT, decode.TIES)
