@@ -169,16 +169,18 @@ def test_a_kill_while_orbax_writes_leaves_the_last_step(run: Path):
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/recovery')!r}]\n"
         "import test_kill as t\n"
         "from jaxgpt import checkpoint\n"
-        f"run = {str(run)!r}\nfor step in range(3, 500):\n"
+        f"run = {str(run)!r}\nfor step in range(int(sys.argv[1]), 500):\n"
         "    checkpoint.save(run, step, t.contents(step)).result(); print(step, flush=True)"
     )
-    for seconds in (0.05, 0.13, 0.29):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    for seconds in (0.05, 0.29, 0.13):
+        # A child goes on where the one before was killed: however slow it is, the newest step is then its own.
+        first = checkpoint.steps(run)[-1] + 1
+        child = subprocess.Popen([sys.executable, "-c", code, str(first)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert child.stdout is not None
-        assert child.stdout.readline() == "3\n"
+        assert child.stdout.readline() == f"{first}\n"
         time.sleep(seconds)
         child.kill()
-        acknowledged = [3, *(int(line) for line in child.stdout.read().split())][-1]
+        acknowledged = [first, *(int(line) for line in child.stdout.read().split())][-1]
         child.wait()
         child.stdout.close()
         # One more may have been renamed than could still be told.
