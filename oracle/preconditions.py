@@ -85,15 +85,25 @@ def _config(source: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
+        refuse_checkpoint(source)
         what = f"{source} has no config.json" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-        if step_folder.is_checkpoint(source):
-            what = f"{source} is a jaxgpt checkpoint, as the first argument is"
         raise InputError(f"{what}; --reference takes a Hugging Face model folder") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON; restore it") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a JSON object; restore it")
     return found
+
+
+def refuse_checkpoint(source: Path) -> None:
+    """Where a Hugging Face folder is expected and none is there.
+
+    Raises:
+        InputError: it is a checkpoint of jaxgpt.
+    """
+    if step_folder.is_checkpoint(source):
+        remedy = f"`jaxgpt export {source} DIR --format hf` makes one of it"
+        raise InputError(f"{source} is a jaxgpt checkpoint; --reference takes a Hugging Face model folder: {remedy}")
 
 
 def refuse_not_finite(reference: Reference, source: Path) -> None:

@@ -135,9 +135,19 @@ def test_a_fault_of_the_config_translation_is_no_bad_input(place: Path, tmp_path
 def test_a_folder_of_the_other_kind_is_told_by_name(place: Path, said: Callable[..., str]):
     wanted = f"is a Hugging Face folder, no checkpoint; `jaxgpt import {place / 'hf'} DIR` makes one of it"
     assert said(place / "hf") == f"{place / 'hf'} {wanted}"
-    told = said(place / "run", "--reference", place / "run")
-    assert told.startswith(f"{place / 'run'} is a jaxgpt checkpoint, as the first argument is; --reference takes a Hu")
     assert said(place) == f"{place} holds no checkpoint itself; give one of its folders: run"
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("verb", ["compare", "bisect", "record"])
+@pytest.mark.parametrize("what", ["run", "run/step-00000000"])
+def test_a_checkpoint_as_reference_is_told_how_to_become_a_folder(
+    place: Path, said: Callable[..., str], tmp_path: Path, verb: str, what: str
+):
+    given = ["--out", tmp_path / "t"] if verb == "record" else [place / "run"]
+    remedy = f"`jaxgpt export {place / what} DIR --format hf` makes one of it"
+    wanted = f"{place / what} is a jaxgpt checkpoint; --reference takes a Hugging Face model folder: {remedy}"
+    assert said(*given, "--reference", place / what, verb=verb) == wanted
 
 
 @pytest.mark.usefixtures("light")

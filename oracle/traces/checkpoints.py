@@ -84,16 +84,19 @@ def record_reference(folder: Path, inputs: dict[str, np.ndarray] | None, dtype: 
     """All taps of one forward of torchref on a Hugging Face folder; in float64 it is a truth.
 
     Raises:
-        InputError: a folder that the reference cannot represent, or ids it cannot read.
+        InputError: a checkpoint, a folder that the reference cannot represent, or ids it cannot read.
     """
     import torch
 
     import torchref
+    from oracle import preconditions
 
     compute = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float32}[dtype]
     try:
         decoder = torchref.load(folder, compute)
     except torchref.LoadError as error:
+        if not (folder / "config.json").exists():
+            preconditions.refuse_checkpoint(folder)
         raise InputError(f"the reference cannot load {folder}: {error}") from None
     decoder = decoder.double() if dtype == "float64" else decoder
     limits = _limits(from_hf(json.loads((folder / "config.json").read_text("utf-8"))))
