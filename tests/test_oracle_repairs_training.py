@@ -12,7 +12,7 @@ from test_oracle_training import Case, load, packing
 
 from jaxgpt import model
 from jaxgpt.train_step import StepReport
-from oracle import diagnosis, training, training_probe
+from oracle import diagnosis, training, training_probe, training_site
 from oracle.candidate import Candidate
 from oracle.rungs import gradients, loss, optimizer
 from oracle.training_site import trained
@@ -329,12 +329,13 @@ def stepping(
     keep: bool = True,
     store: Callable[[Any], Any] = lambda p: p,
     tells: bool = True,
+    sums: Callable[..., Any] = training.gradients,
 ) -> Plant:
     """A step of its own with numpy's AdamW, wrong in one thing."""
 
     def step(config: Any, settings: Any, dtype: str, state: Any, batches: Any) -> Any:
         common = training_probe.settings_for(config, training_probe.SETTINGS)
-        value, found = training.gradients(config, common, dtype, state._replace(moments=(), step=jnp.int32(0)), batches)
+        value, found = sums(config, common, dtype, state._replace(moments=(), step=jnp.int32(0)), batches)
         count = int(state.step)
         p = {n: np.asarray(a, np.float64) for n, a in state.params.items()}
         g = {n: np.asarray(a, np.float64) + l2 * p[n] * (p[n].ndim > 1) for n, a in found.items()}
@@ -352,6 +353,23 @@ def stepping(
         return state._replace(params=stored, moments=moments, step=state.step + 1), report
 
     return lambda candidate: trained(candidate, step=step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_step", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+def test_sums_in_bfloat16_are_one_cause_whether_the_step_has_them_or_not(
+    case: Case, in_step: bool, monkeypatch: pytest.MonkeyPatch
+):
+    # In a larger model the norm that a step tells is hardly touched.
+    monkeypatch.setattr(training_site, "WRONG", 0.1)
+    if case.candidate.dtype == "bfloat16":
+        pytest.skip("below the noise of the dtype")
+    step = stepping(sums=narrow_sums)(case.candidate).training.step if in_step else case.candidate.training.step
+    altered = trained(case.candidate, gradients=narrow_sums, step=step)
+    report = diagnosis.bisect(case.comparison(altered), rungs=(gradients.NAME, optimizer.NAME))
+    assert [(c.name, c.proved) for c in report.causes] == [("gradients accumulated in low precision", True)]
+    assert report.repaired is not None
+    assert report.repaired.verdict == "pass"
 
 
 def alone(g: Any, _: float, limit: float) -> Any:

@@ -47,9 +47,9 @@ def _parts(site: Site) -> Parts:
     )
 
 
-def _change(site: TrainingSite, change: Change | None, words: str) -> Iterator[Variant]:
+def _change(site: TrainingSite, change: Change | None, words: str, *, in_step: bool = False) -> Iterator[Variant]:
     if change is not None:
-        yield Variant(words, corrections.changed(site, change))
+        yield Variant(words, corrections.changed(site, change, in_step=in_step))
 
 
 Hypotheses = Callable[[Parts], Iterator[tuple[str, Answer]]]
@@ -166,7 +166,9 @@ def _narrow(site: Site) -> Iterator[Variant]:
     for dtype, half_ulp in HALF_ULP.items():
         moves = {name: _lost(site, parts, name, dtype, half_ulp) for name in mine}
         if all(move is not None for move in moves.values()):
-            yield from _change(site, _adding(moves), f"with what {dtype} lost")
+            # A step's loss and norm hardly tell such rounding, but its moves do.
+            in_step = site.once(corrections.steps_follow_own)
+            yield from _change(site, _adding(moves), f"with what {dtype} lost", in_step=in_step)
             return
 
 

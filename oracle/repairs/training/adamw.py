@@ -136,15 +136,29 @@ def course(site: Site) -> Course:
     groups = lesson.groups(asked)
     answers = list(asked.steps(groups, lesson.course_of(site.comparison).clip_norm, asked.settings.steps))
     params = [{name: np.asarray(array) for name, array in asked.master.items()}, *(found for found, _ in answers)]
-    found = [
-        replace(
-            asked, candidate=replace(asked.candidate, dtype="float32", stored=before, training=training.Training())
-        ).gradients(groups[number % len(groups)])[1]
-        for number, before in enumerate(params[:-1])
-    ]
+    found = _on_the_way(site, params, training.Training())
     return Course(
         params, found, [global_norm(g) for g in found], [float(report.learning_rate) for _, report in answers]
     )
+
+
+def _on_the_way(site: Site, params: Sequence[Params], way: training.Training) -> list[Params]:
+    """The gradients that a way of training finds before each of the candidate's steps."""
+    asked = lesson.part(site.comparison)
+    groups = lesson.groups(asked)
+    return [
+        replace(asked, candidate=replace(asked.candidate, dtype="float32", stored=before, training=way)).gradients(
+            groups[number % len(groups)]
+        )[1]
+        for number, before in enumerate(params[:-1])
+    ]
+
+
+def course_with(site: Site, way: training.Training) -> Course:
+    """`course` with the gradients that a way of training finds."""
+    own = site.once(course)
+    found = _on_the_way(site, own.params, way)
+    return replace(own, gradients=found, norms=[global_norm(g) for g in found])
 
 
 def global_norm(gradients: Params) -> float:
@@ -154,7 +168,12 @@ def global_norm(gradients: Params) -> float:
 
 def distance(site: Site, recipe: Recipe, tap: str) -> float:
     """How far one parameter's updates were from the recipe's, over all steps; rounding of tiny gradients aside."""
-    own, replay, total = site.once(course), Replay(recipe), 0.0
+    return course_distance(site, site.once(course), recipe, tap)
+
+
+def course_distance(site: Site, own: Course, recipe: Recipe, tap: str) -> float:
+    """See `distance`, with the gradients of a course of its own."""
+    replay, total = Replay(recipe), 0.0
     weight = lesson.course_of(site.comparison).truth[-1].divisors[tap]
     for number, (before, after) in enumerate(zip(own.params[:-1], own.params[1:], strict=True)):
         if tap not in after or after[tap].shape != before[tap].shape:

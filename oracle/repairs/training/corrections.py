@@ -112,21 +112,35 @@ def gradients_are(site: Site, wrong: Arrays) -> bool:
     return fits and distance(mine, wrong) <= NEARER * distance(mine, site.once(right).gradients)
 
 
+def steps_follow_own(site: Site) -> bool:
+    """The candidate's steps go where its own gradients lead rather than the right ones.
+
+    Adam's first step tells their signs only; what rounding did to them shows in the later ones.
+    """
+    recipe, right = adamw.agreed(site), site.once(adamw.course)
+    own = adamw.course_with(site, site.candidate.training)
+    by_own, by_right = (
+        sum(adamw.course_distance(site, course, recipe, tap) ** 2 for tap in right.params[0]) for course in (own, right)
+    )
+    return by_own <= NEARER**2 * by_right
+
+
 # -- Corrections -----------------------------------------------------------------------
 
 Change = Callable[[Any, Mapping[str, Any]], tuple[Any, Any]]
 """From what the candidate answers to what it should."""
 
 
-def answering(site: TrainingSite, change: Change) -> dict[str, Any]:
-    """The candidate's gradients changed, and its step too where that makes the same mistake."""
+def answering(site: TrainingSite, change: Change, *, in_step: bool = False) -> dict[str, Any]:
+    """The candidate's gradients changed, and its step too where that makes the same mistake: as told, or as seen."""
     function = site.candidate.training.gradients
 
     def repaired(*given: Any) -> Any:
         value, found = function(*given)
         return change(value, found)
 
-    step = {"step": adamw.with_gradients_of(site, function)} if "step" in site.wrong_functions() else {}
+    in_step = in_step or "step" in site.wrong_functions()
+    step = {"step": adamw.with_gradients_of(site, function)} if in_step else {}
     return {"gradients": repaired, **step}
 
 
@@ -179,6 +193,6 @@ def scale(a: Arrays, b: Arrays) -> float:
     return sum(float((np.asarray(a[name], np.float64) * b[name]).sum()) for name in b) / distance({}, b) ** 2
 
 
-def changed(site: TrainingSite, change: Change) -> Candidate:
+def changed(site: TrainingSite, change: Change, *, in_step: bool = False) -> Candidate:
     """The candidate with other gradients."""
-    return trained(site.candidate, **answering(site, change))
+    return trained(site.candidate, **answering(site, change, in_step=in_step))
