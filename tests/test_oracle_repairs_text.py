@@ -111,6 +111,49 @@ def test_a_conversation_rendered_wrong_is_named(comparison: Comparison, name: st
     assert named(comparison, render=wrong)[0] == (name, True)
 
 
+def _in_turns(extra: Callable[[str, list[int]], list[int]]) -> Callable[[Comparison], Callable[..., Rendered]]:
+    """A renderer that trains more of some roles' turns: a function of role and a turn's mask."""
+
+    def made(comparison: Comparison) -> Callable[..., Rendered]:
+        render = true(comparison).render
+
+        def wrong(now: Text, messages: Sequence[Message]) -> Rendered:
+            turns = [(m["role"], render(now, [m])) for m in messages]
+            ids = [id for _, turn in turns for id in turn.ids]
+            return Rendered(ids, [on for role, turn in turns for on in extra(role, turn.mask)])
+
+        return wrong
+
+    return made
+
+
+MASKS = {
+    "header": (
+        _in_turns(lambda role, mask: [1, *mask[1:]] if role == "assistant" else mask),
+        "header of a reply trained",
+    ),
+    "headers of prompts": (
+        _in_turns(lambda role, mask: [1, *mask[1:]] if role == "user" else mask),
+        "template tokens trained",
+    ),
+    "ends of prompts": (
+        _in_turns(lambda role, mask: [*mask[:-1], 1] if role == "user" else mask),
+        "template tokens trained",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_trained_part_of_the_template_is_named_and_nothing_is_left(comparison: Comparison, name: str):
+    plant, expected = MASKS[name]
+    assert named(comparison, render=plant(comparison)) == [(expected, True)]
+
+
+def test_a_trained_token_of_a_prompt_is_no_part_of_the_template(comparison: Comparison):
+    plant = _in_turns(lambda role, mask: [*mask[:-2], 1, mask[-1]] if role == "user" and len(mask) > 8 else mask)
+    assert named(comparison, render=plant(comparison))[0] == ("unknown", False)
+
+
 def test_swapped_roles_are_named(comparison: Comparison):
     render = true(comparison).render
     other = {"user": "assistant", "assistant": "user", "system": "system"}

@@ -324,7 +324,10 @@ FAULTS: Mapping[str, tuple[Callable[[Text], Mapping[str, Any]], str, str]] = {
     "mask one later": (masked(lambda m: [0, *m[:-1]]), "text.mask", "conversation mask off by one"),
     "mask one earlier": (masked(lambda m: [*m[1:], 0]), "text.mask", "conversation mask off by one"),
     "end not trained": (masked(without_end), "text.mask", "the end of a reply not trained"),
-    "prefix trained": (masked(with_prefix), "text.mask", "conversation mask off by one"),
+    "prefix trained": (masked(with_prefix), "text.mask", "header of a reply trained"),
+    "two of the prefix trained": (
+        masked(lambda m: with_prefix(with_prefix(m))), "text.mask", "header of a reply trained",
+    ),
     "BOS twice": (
         lambda t: {"prompt": lambda now, s: [50256, 50256, *t.encode(s)]}, "text.bos", "BOS doubled",
     ),

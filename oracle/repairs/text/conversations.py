@@ -80,7 +80,7 @@ def _framing(render: Render, wanted: Callable[[str], bool]) -> Render:
 
 
 def moved_mask(site: Site) -> Iterator[Variant]:
-    """The mask one place to the left or right, or the trained stretches one shorter or longer at one end."""
+    """The mask one place to the left or right, or the trained stretches one longer at their end or shorter in front."""
     at = claim(site, ids.MASK)
     if at is None:
         return
@@ -90,8 +90,7 @@ def moved_mask(site: Site) -> Iterator[Variant]:
     changes: Mapping[str, Callable[[Text, Rendered, Sequence[Message]], list[int]]] = {
         "one place earlier": lambda _, made, m: [*made.mask[1:], _last(at, made, m[-1]["role"] == trained)],
         "one place later": lambda _, made, __: [0, *made.mask[:-1]],
-        "without the first of each stretch": lambda _, made, __: _shorter(made.mask, first=True),
-        "without the last of each stretch": lambda _, made, __: _shorter(made.mask, first=False),
+        "without the last of each stretch": lambda _, made, __: _shorter(made.mask),
         "with the first token of each reply": lambda now, made, m: _longer(render, now, made.mask, m, trained),
     }
     for name, change in changes.items():
@@ -100,7 +99,19 @@ def moved_mask(site: Site) -> Iterator[Variant]:
             made = render(now, messages)
             return Rendered(made.ids, change(now, made, messages))
 
-        yield Variant(f"with the mask {name}", at.changed(render=masked))
+        candidate = at.changed(render=masked)
+        # A mask may be moved in every conversation; one that fits by chance in the first is not.
+        if _is_right_everywhere(at, masked):
+            yield Variant(f"with the mask {name}", candidate)
+
+
+def _is_right_everywhere(at: TextSite, render: Render) -> bool:
+    """Of all conversations whose ids are right."""
+    pairs = (
+        (render(at.text, messages), at.walk.expected_rendering(messages))
+        for _, messages in text_probe.conversations(*_roles(at), list(at.walk.strings))
+    )
+    return all(made.mask == mask for made, (found, mask) in pairs if made.ids == found)
 
 
 def _last(at: TextSite, made: Rendered, trained: bool) -> int:
@@ -109,9 +120,8 @@ def _last(at: TextSite, made: Rendered, trained: bool) -> int:
     return int(trained and made.ids[-1] in ends)
 
 
-def _shorter(mask: Sequence[int], *, first: bool) -> list[int]:
-    beside = [0, *mask[:-1]] if first else [*mask[1:], 0]
-    return [int(on and other) for on, other in zip(mask, beside, strict=True)]
+def _shorter(mask: Sequence[int]) -> list[int]:
+    return [int(on and after) for on, after in zip(mask, [*mask[1:], 0], strict=True)]
 
 
 def _longer(render: Render, now: Text, mask: Sequence[int], messages: Sequence[Message], trained: str) -> list[int]:
@@ -250,9 +260,63 @@ _MASKS: Mapping[str, Callable[[Sequence[int]], list[int]]] = {
     "no token trained": lambda mask: [0] * len(mask),
     "prompts trained and replies not": lambda mask: [1 - on for on in mask],
     "only the last reply trained": _last_stretch,
-    "the end of a reply not trained": lambda mask: _shorter(mask, first=False),
+    "the end of a reply not trained": lambda mask: _shorter(mask),
 }
 """What a mistake makes of the true mask."""
+
+
+def trained_header(site: Site) -> Iterator[Variant]:
+    """Undone wherever the mask has just the last few tokens of a reply's header on top of the right ones."""
+    at = claim(site, ids.MASK)
+    if at is None:
+        return
+    render, right = at.text.render, at.walk.expected_rendering
+    header = len(_frame(render, at.text, _roles(at)[1]).prefix)
+    for count in range(1, header + 1):
+
+        def undone(now: Text, messages: Sequence[Message], count: int = count) -> Rendered:
+            made, (_, mask) = render(now, messages), right(messages)
+            return Rendered(made.ids, mask) if made.mask == _begun_before(mask, count) else made
+
+        if _is_right_everywhere(at, undone):
+            which = "the header" if count == header else f"the last {count} of the header's {header} tokens"
+            yield Variant(f"without {which} of each reply", at.changed(render=undone))
+
+
+def _begun_before(mask: Sequence[int], count: int) -> list[int]:
+    """Every trained stretch begins `count` places before."""
+    return [int(any(mask[place : place + count + 1])) for place in range(len(mask))]
+
+
+def trained_parts(site: Site) -> Iterator[Variant]:
+    """Undone wherever the mask has just the same tokens of each role's turn on top, all of them the template's."""
+    at = claim(site, ids.MASK)
+    if at is None:
+        return
+    render, right = at.text.render, at.walk.expected_rendering
+    template, _ = _roles(at)
+    frames = {role: _frame(render, at.text, role) for role in template}
+
+    def wrong(now: Text, messages: Sequence[Message]) -> list[int]:
+        mask = list[int]()
+        for message in messages:
+            own, frame = right([message])[1], frames[message["role"]]
+            after = own[len(own) - len(frame.after) :]
+            content = own[len(frame.prefix) : len(own) - len(frame.after)]
+            mask += [*_either(own[: len(frame.prefix)], frame.before), *content, *_either(after, frame.after)]
+        return mask
+
+    def undone(now: Text, messages: Sequence[Message]) -> Rendered:
+        made = render(now, messages)
+        return Rendered(made.ids, right(messages)[1]) if made.mask == wrong(now, messages) else made
+
+    if _is_right_everywhere(at, undone):
+        yield Variant("without tokens of the template", at.changed(render=undone))
+
+
+def _either(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [int(a or b) for a, b in zip(one, other, strict=True)]
+
 
 _RUNGS = (ids.NAME,)
 _CHAT = "jaxgpt/chat.py"
@@ -297,10 +361,23 @@ REPAIRS: tuple[Repair, ...] = (
         for name in _MASKS
     ),
     Repair(
+        "header of a reply trained",
+        f"train from the first token of a reply's content, nothing of the header before it ({_CHAT}, render)",
+        _RUNGS,
+        trained_header,
+    ),
+    Repair(
         "conversation mask off by one",
         f"train the content and the end token after it, nothing else ({_CHAT}, render)",
         _RUNGS,
         moved_mask,
+    ),
+    Repair(
+        "template tokens trained",
+        f"train the content of replies and the end token after it, no other part of a turn ({_CHAT}, render)",
+        _RUNGS,
+        trained_parts,
+        last_resort=True,
     ),
 )
 """Narrow ones first."""
