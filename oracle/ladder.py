@@ -34,7 +34,7 @@ LADDER: dict[str, Rung] = {
     bits.NAME: lambda c: bits.run(c.candidate, c.export, c.source),
     statistics.NAME: statistics.run,
     operators.NAME: lambda c: operators.run(c.candidate, c.reference, c.sequences(), c.judge(operators.NAME)),
-    forward.NAME: lambda c: forward.run(c.candidate, c.reference, c.sequences(), c.judge(forward.NAME)),
+    forward.NAME: forward.run,
     loss.NAME: loss.run,
     gradients.NAME: gradients.run,
     optimizer.NAME: optimizer.run,

@@ -64,16 +64,20 @@ def _refuse_too_small(config: ModelConfig) -> None:
 
 
 def _refuse_another_model(config: ModelConfig, source: Path) -> None:
-    ours, found = hf_model_type(config), _config(source)
+    family, found = hf_model_type(config), _config(source)
     theirs = found.get("model_type")
     if not isinstance(theirs, str) or theirs not in FAMILIES:
         raise InputError(f"{source} is a model of type {reprlib.repr(theirs)}; the oracle knows {', '.join(FAMILIES)}")
-    if FAMILIES[theirs] != FAMILIES[ours]:
-        raise InputError(f"{source} is a {theirs} model, the checkpoint a {ours} model; {REMEDY}")
+    if FAMILIES[theirs] != FAMILIES[family]:
+        raise InputError(f"{source} is a {theirs} model, the checkpoint a {family} model; {REMEDY}")
     for name, keys in _SIZES.items():
         size = next((found[key] for key in keys if found.get(key) is not None), None)
         if size is not None and size != getattr(config, name):
             raise InputError(f"{source} has {name} {_count(size)}, the checkpoint {getattr(config, name):,}; {REMEDY}")
+    positions = found.get("n_positions")
+    if theirs == "gpt2" and isinstance(positions, int) and positions < config.max_position_embeddings:
+        ours = f"{config.max_position_embeddings:,}"
+        raise InputError(f"{source} has {positions:,} learned positions, the checkpoint {ours}; {REMEDY}")
 
 
 def _count(size: object) -> str:

@@ -129,6 +129,8 @@ class Residual:
 
 NOT_REACHED = "was not reached"
 """How the reason of a class ends whose rung was not climbed."""
+CONFIG_FIELD = "config."
+"""How the place of a finding begins that is about a field of the config; the field's name follows."""
 UNKNOWN = "unknown"
 """The name of a cause that no repair undoes."""
 

@@ -151,6 +151,15 @@ def test_a_checkpoint_as_reference_is_told_how_to_become_a_folder(
 
 
 @pytest.mark.usefixtures("light")
+def test_a_reference_with_fewer_learned_positions_is_refused(said: Callable[..., str], tmp_path: Path):
+    config = models.MODELS["gpt2"] | {"n_layer": 1, "n_positions": 24}
+    subject.import_folder(models.write(config, tmp_path / "hf", "float32"), tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_positions": 20}))
+    told = said(tmp_path / "run", "--reference", tmp_path)
+    assert told.startswith(f"{tmp_path} has 20 learned positions, the checkpoint 24; give --reference the folder that")
+
+
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("name", ["vocab_size", "max_position_embeddings"])
 def test_a_model_too_small_to_compare_is_refused(place: Path, said: Callable[..., str], tmp_path: Path, name: str):
     subject.import_folder(models.write(CONFIG | {name: 1}, tmp_path / "hf", "float32", seed=5), tmp_path / "run")

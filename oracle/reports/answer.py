@@ -82,8 +82,8 @@ def _divergence(rung: RungResult) -> Markup:
     assert found is not None
     if not found.tap:
         return join([f"In the rung {rung.name}. ", prose(wording.size(rung.name, found))])
-    parts: list[object] = [name(wording.place(rung.name, found)), " · "]
-    parts.append("a parameter" if wording.is_parameter(rung.name, found) else f"op {found.op}")
+    kind = wording.kind(rung.name, found)
+    parts: list[object] = [name(wording.place(rung.name, found)), f" · {kind}" if kind else ""]
     parts.append(f" · {wording.where(found)}" if found.where else "")
     parts.append(f" · rung {rung.name}. ")
     parts.append(

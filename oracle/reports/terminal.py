@@ -45,8 +45,8 @@ def _place(rung: RungResult, found: Finding) -> str:
     if rung.name == "operators":
         return f"{place}, op {found.op}{where} (its inputs are clean)"
     # What an op or a parameter is called does not say which of the rungs compared it.
-    kind = ", a parameter" if wording.is_parameter(rung.name, found) else f", op {found.op}" if found.op else ""
-    return f"{place}{kind}{where}, in the rung {rung.name}"
+    kind = wording.kind(rung.name, found)
+    return f"{place}{', ' if kind else ''}{kind}{where}, in the rung {rung.name}"
 
 
 def lines(report: Report) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from oracle.results import UNKNOWN, Cause, Finding, Report
+from oracle.results import CONFIG_FIELD, UNKNOWN, Cause, Finding, Report
 
 
 def kl(report: Report) -> float | None:
@@ -34,6 +34,15 @@ def is_parameter(rung: str, found: Finding) -> bool:
     if not found.tap and not found.op:
         return False
     return rung == "bits" or (rung != "operators" and found.op in ("kernel", "weight", "bias"))
+
+
+def kind(rung: str, found: Finding) -> str:
+    """What a place is: a parameter, a config field, an op by its function; nothing for a tap that is not there."""
+    if is_parameter(rung, found):
+        return "a parameter"
+    if found.tap.startswith(CONFIG_FIELD):
+        return "a config field"
+    return f"op {found.op}" if found.op else ""
 
 
 def place(rung: str, found: Finding) -> str:

@@ -1,4 +1,7 @@
-"""Rung forward: both models run freely on the same ids, every tap compared, then the KL of the logits."""
+"""Rung forward: both models run freely on the same ids, every tap compared, then the KL of the logits.
+
+Where all of them agree, the configs are compared: what no op reads, and what rounding hides.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -9,14 +12,14 @@ import numpy as np
 
 from jaxgpt import model
 from jaxgpt.taps import Op, ops
-from oracle import memory, noise, residual
+from oracle import config_fields, memory, noise, residual
 from oracle.candidate import Candidate, Unrunnable
 from oracle.compare import Judge
 from oracle.comparison import Comparison
 from oracle.echo import ALL, ECHOES, leave_a_doubt
 from oracle.probe import Probe
 from oracle.reference import Reference, to_numpy
-from oracle.results import Finding, Residual, RungResult
+from oracle.results import CONFIG_FIELD, Finding, Residual, RungResult
 from oracle.site import Site
 from oracle.streaming import Reader
 from oracle.training_probe import is_large
@@ -29,13 +32,20 @@ an error that one number of one layer carries is in every tap behind it. Not of 
 would fill the memory."""
 
 
-def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) -> RungResult:
-    """One finding per tap in execution order, then the logits' KL, then taps the candidate lacks."""
+def run(comparison: Comparison) -> RungResult:
+    """One finding per tap in execution order, the logits' KL, taps the candidate lacks; config fields that differ."""
+    candidate, reference = comparison.candidate, comparison.reference
+    probe, judge = comparison.sequences(), comparison.judge(NAME)
     findings = _findings(candidate, reference, probe, judge, range(ECHOES))
     if leave_a_doubt(findings, DOUBTFUL) and not is_large(candidate.config):
         findings = _findings(candidate, reference, probe, judge, ALL)
     kl = next((finding.error for finding in findings if finding.op == "kl"), float("nan"))
-    return RungResult(NAME, findings, _summary(findings, kl), figures={MAX_KL: kl})
+    summary = _summary(findings, kl)
+    if all(finding.ok for finding in findings):
+        unlike = config_fields.findings(comparison)
+        findings += unlike
+        summary += f"; {len(unlike)} config fields differ" if unlike else ""
+    return RungResult(NAME, findings, summary, figures={MAX_KL: kl})
 
 
 def _findings(
@@ -138,7 +148,9 @@ class ForwardSite(Site):
 
 
 def site(comparison: Comparison, finding: Finding) -> Site:
-    """The tap of a finding."""
+    """The tap, or the config field, of a finding."""
+    if finding.tap.startswith(CONFIG_FIELD):
+        return config_fields.ConfigSite(comparison, NAME, finding)
     return next(sites(comparison, [finding]), Site(comparison, NAME, finding))
 
 

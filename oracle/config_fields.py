@@ -1,0 +1,130 @@
+"""The candidate's config against what the reference's config.json says, field by field.
+
+Most fields are seen in what they compute, and the context of learned positions in the
+rows of their table; what no op reads, such as the context of a model with RoPE, and what
+rounding hides, is seen here only. The reference's side is
+torchref's own reading, not the product's translation, which is under test. Dropout and
+the spread of fresh weights are left out: they change nothing of a model that is there.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from oracle.candidate import Candidate
+from oracle.comparison import Comparison
+from oracle.results import CONFIG_FIELD, Finding
+from oracle.site import Site
+from torchref.config import GPT2Config, LlamaConfig, Rope
+
+CONTEXT = "max_position_embeddings"
+_DEFAULT_CONTEXT = {"llama": 2048, "qwen2": 32768}
+"""Of transformers' config classes, where config.json does not say it."""
+_ACTIVATIONS = {"gelu_tanh": "gelu_new"}
+"""torchref's names where ours are others."""
+
+
+def findings(comparison: Comparison) -> list[Finding]:
+    """One broken finding for each field in which candidate and reference differ."""
+    ours = _comparable(comparison.candidate.config.to_dict())
+    file = "the reference's config.json" if comparison.source else "the export's config.json"
+    unlike = {name: value for name, value in _expected(comparison).items() if ours[name] != value}
+    said = {name: f"the checkpoint has {_shown(ours[name])}, {file} says {_shown(unlike[name])}" for name in unlike}
+    return [Finding(CONFIG_FIELD + name, "", ok=False, problem=problem) for name, problem in said.items()]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        kind, *numbers = value
+        return f"{kind} ({', '.join(f'{name} {number}' for name, number in zip(_SCALING, numbers, strict=False))})"
+    return f"{value:,}" if type(value) is int else "no scaling" if value is None else str(value)
+
+
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scaling as what its kind reads; one by 1 is none."""
+    scaling = config["rope_scaling"]
+    return {**config, "rope_scaling": _scaling(**scaling) if scaling else None}
+
+
+def _scaling(rope_type: str, factor: float, **of_llama3: float) -> Any:
+    if factor == 1:
+        return None
+    read = _SCALING[1:] if rope_type == "llama3" else ()
+    return (rope_type, factor, *(of_llama3[name] for name in read))
+
+
+# -- The reference's side --------------------------------------------------------------
+
+
+def _expected(comparison: Comparison) -> dict[str, Any]:
+    """What the reference says, under the candidate's names."""
+    config = comparison.reference.truth.decoder.config
+    if isinstance(config, GPT2Config):
+        return _of_gpt2(config)
+    place = comparison.source or comparison.export
+    raw: dict[str, Any] = json.loads((place / "config.json").read_text("utf-8")) if place else {}
+    context = raw.get(CONTEXT) or _DEFAULT_CONTEXT.get(raw.get("model_type", ""))
+    return _of_llama(config) | ({CONTEXT: context} if context else {})
+
+
+def _of_gpt2(config: GPT2Config) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "head_dim": config.n_embd // config.n_head,
+        "position_embedding": "learned",
+        "norm": "layernorm",
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "hidden_act": _ACTIVATIONS.get(config.activation, config.activation),
+        "gated_mlp": False,
+        **dict.fromkeys(("qkv_bias", "attention_output_bias", "mlp_bias"), True),
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+_SAME_NAMES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "qkv_bias", "mlp_bias", "tie_word_embeddings"),
+)
+
+
+def _of_llama(config: LlamaConfig) -> dict[str, Any]:
+    return {
+        **{name: getattr(config, name) for name in _SAME_NAMES},
+        "position_embedding": "rope",
+        "norm": "rmsnorm",
+        "hidden_act": _ACTIVATIONS.get(config.activation, config.activation),
+        "gated_mlp": True,
+        "attention_output_bias": config.output_bias,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _scaling_of(config.rope),
+    }
+
+
+def _scaling_of(rope: Rope) -> Any:
+    if rope.kind == "default" or rope.factor == 1:
+        return None
+    read = _SCALING if rope.kind == "llama3" else _SCALING[:1]
+    return (rope.kind, *(getattr(rope, name) for name in read))
+
+
+# -- One field -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConfigSite(Site):
+    """A field that differs."""
+
+    def measure(self, candidate: Candidate) -> Finding:
+        """See `Site.measure`."""
+        found = findings(replace(self.comparison, candidate=candidate))
+        same = (finding for finding in found if finding.tap == self.finding.tap)
+        return next(same, replace(self.finding, ok=True, problem=""))
