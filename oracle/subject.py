@@ -57,7 +57,7 @@ def compare(
         everything: go on after a rung that failed.
         seed: of the probe inputs.
         diagnose: look for the causes of what differs.
-        plant: changes the candidate after it was loaded and exported, to plant a fault.
+        plant: changes the candidate, but not its export, to plant a fault.
         progress: told the name of each rung before it runs, and "" at the end.
 
     Raises:
@@ -77,7 +77,7 @@ def compare(
     with preconditions.temporary_folder() as place:
         export = Path(place, "export")
         progress("export")
-        chosen = plant(_exported(directory, export, dtype))
+        chosen = _exported(directory, export, dtype, plant)
         reference = Reference.load(source or export, dtype)
         if source is not None:
             preconditions.refuse_not_finite(reference, source)
@@ -88,8 +88,9 @@ def compare(
     return report
 
 
-def _exported(directory: Path, export: Path, dtype: str) -> Candidate:
+def _exported(directory: Path, export: Path, dtype: str, plant: Callable[[Candidate], Candidate]) -> Candidate:
     loaded = checkpoint.load(directory)
+    chosen = plant(_candidate(loaded, dtype))  # first: it may refuse the model
     preconditions.require_space(export.parent, loaded)
     try:
         hf.write(loaded, export)
@@ -97,7 +98,7 @@ def _exported(directory: Path, export: Path, dtype: str) -> Candidate:
         if " was not written: " in str(error):
             raise InputError(f"{error}; {preconditions.MAKE_ROOM}") from error
         raise
-    return _candidate(loaded, dtype)
+    return chosen
 
 
 def import_folder(source: Path, directory: Path) -> None:

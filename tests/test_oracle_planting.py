@@ -6,7 +6,8 @@ from typing import cast
 import pytest
 
 from jaxgpt.errors import InputError
-from oracle import exposure, ladder, models
+from jaxgpt.formats import hf
+from oracle import exposure, ladder, models, subject
 from oracle.__main__ import main
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
@@ -130,6 +131,27 @@ def test_reaches_of_the_inputs_are_no_classes(true: Candidate, folder: Path):
 def test_what_the_model_cannot_have_is_refused(true: Candidate, name: str, why: str):
     with pytest.raises(InputError, match=f"{name} cannot be planted in this model: {why}; choose another class"):
         planter(name)(true)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("mask of everything", "it has no tokenizer"), ("position table shifted", "it exists only where positions are")],
+)
+def test_what_the_model_cannot_have_is_refused_before_the_export(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    why: str,
+):
+    def written(*_: object) -> None:
+        raise AssertionError("the checkpoint was exported")
+
+    subject.import_folder(folder, tmp_path / "run")
+    monkeypatch.setattr(hf, "write", written)
+    assert main(["compare", str(tmp_path / "run"), "--plant", name]) == 2
+    assert capsys.readouterr().err.startswith(f"oracle: --plant: {name} cannot be planted in this model: {why}")
 
 
 def test_a_report_says_that_a_fault_was_planted():
