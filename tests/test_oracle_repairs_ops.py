@@ -235,6 +235,8 @@ SLOW: tuple[Fault, ...] = (
     ("llama", "rope.angles", with_config(true.angles, rope_scaling=None), "rope scaling ignored"),
     ("llama3", "rope.angles", with_config(true.angles, rope_scaling=None), "rope scaling ignored"),
     ("llama3", "rope.angles", with_config(true.angles, rope_theta=1e4), "wrong rope theta"),
+    ("llama", "rope.angles", with_config(true.angles, rope_theta=3e5, rope_scaling=None), "wrong rope theta"),
+    ("llama3", "rope.angles", with_config(true.angles, rope_theta=1e4, rope_scaling=None), "wrong rope theta"),
     ("plain", "rope.angles", with_config(true.angles, rope_scaling=RopeScaling("linear", 8.0)), "wrong rope scaling"),
     ("plain", "rope.angles", with_config(true.angles, rope_scaling=RopeScaling("llama3", 8.0)), "wrong rope scaling"),
     ("llama", "rope.angles", lambda c, p, x: true.angles(c, p, x + 1), "position ids off by one"),

@@ -37,16 +37,20 @@ def _divided(box: BlackBox, change: str, wrong: np.ndarray) -> Change:
 
 
 def theta(box: BlackBox) -> Iterator[Change]:
-    """The base that the angles imply, in place of the right one."""
+    """The base that the angles imply, in place of the right one; with no scaling, where both were left behind."""
     rope = box.facts.rope
     assert rope is not None
     yield from box.configured(f"with theta {rope.theta:g} in the config", rope_theta=rope.theta)
     used = _theta_in_use(box)
     if used is not None and abs(used - rope.theta) > 1e-5 * rope.theta:
         yield _divided(box, f"with theta {rope.theta:g} instead of {used:g}", _other(box, theta=used))
+    plain = _theta_in_use(box, kind="default") if rope.kind != "default" else None
+    if plain is not None and abs(plain - rope.theta) > 1e-5 * rope.theta:
+        words = f"with theta {rope.theta:g} and {rope.kind} scaling instead of {plain:g} without scaling"
+        yield _divided(box, words, _other(box, theta=plain, kind="default"))
 
 
-def _theta_in_use(box: BlackBox) -> float | None:
+def _theta_in_use(box: BlackBox, **fields: Any) -> float | None:
     """Found by halving: the larger the base, the slower the last pair, however frequencies are scaled."""
     half = box.facts.head_dim // 2
     angle = box.given([np.ones((1, 1), np.int32)]).astype(np.float64).ravel()
@@ -55,7 +59,7 @@ def _theta_in_use(box: BlackBox) -> float | None:
     low, high = 0.0, np.log(LARGEST)
     for _ in range(60):
         middle = (low + high) / 2
-        slower = _other(box, theta=float(np.exp(middle)))[-1] < angle[-1]
+        slower = _other(box, theta=float(np.exp(middle)), **fields)[-1] < angle[-1]
         low, high = (low, middle) if slower else (middle, high)
     # One digit of the angle, half / (half - 1) times.
     return nice(float(np.exp(low)), 8e-7) if 0 < low < np.log(LARGEST) * 0.999 else None

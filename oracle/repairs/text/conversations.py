@@ -279,8 +279,8 @@ def trained_header(site: Site) -> Iterator[Variant]:
             return Rendered(made.ids, mask) if made.mask == _begun_before(mask, count) else made
 
         if _is_right_everywhere(at, undone):
-            which = "the header" if count == header else f"the last {count} of the header's {header} tokens"
-            yield Variant(f"without {which} of each reply", at.changed(render=undone))
+            which = "the header" if count == header else f"{count} of the {header} header tokens"
+            yield Variant(f"without {which} before each reply", at.changed(render=undone))
 
 
 def _begun_before(mask: Sequence[int], count: int) -> list[int]:
