@@ -22,6 +22,8 @@ class Comparison:
     """The Hugging Face folder the weights came from, if it is known."""
     calibration: Calibration
     seed: int = 0
+    stop_ids: tuple[int, ...] | None = None
+    """Ids that end a text in a checkpoint without a tokenizer; None where the candidate's text side has them."""
 
     @property
     def real_ids(self) -> int:

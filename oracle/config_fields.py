@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from oracle import text_reference
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.results import CONFIG_FIELD, Finding
 from oracle.site import Site
 from torchref.config import GPT2Config, LlamaConfig, Rope
 
+STOPS = "eos_token_ids"
 CONTEXT = "max_position_embeddings"
 _DEFAULT_CONTEXT = {"llama": 2048, "qwen2": 32768}
 """Of transformers' config classes, where config.json does not say it."""
@@ -27,9 +29,10 @@ _ACTIVATIONS = {"gelu_tanh": "gelu_new"}
 
 def findings(comparison: Comparison) -> list[Finding]:
     """One broken finding for each field in which candidate and reference differ."""
-    ours = _comparable(comparison.candidate.config.to_dict())
+    ours = _comparable(comparison.candidate.config.to_dict()) | {STOPS: sorted(comparison.stop_ids or ())}
     file = "the reference's config.json" if comparison.source else "the export's config.json"
-    unlike = {name: value for name, value in _expected(comparison).items() if ours[name] != value}
+    expected = _expected(comparison) | _stops(comparison)
+    unlike = {name: value for name, value in expected.items() if ours[name] != value}
     said = {name: f"the checkpoint has {_shown(ours[name])}, {file} says {_shown(unlike[name])}" for name in unlike}
     return [Finding(CONFIG_FIELD + name, "", ok=False, problem=problem) for name, problem in said.items()]
 
@@ -38,6 +41,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         kind, *numbers = value
         return f"{kind} ({', '.join(f'{name} {number}' for name, number in zip(_SCALING, numbers, strict=False))})"
+    if value == []:
+        return "none"
     return f"{value:,}" if type(value) is int else "no scaling" if value is None else str(value)
 
 
@@ -69,6 +74,15 @@ def _expected(comparison: Comparison) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads((place / "config.json").read_text("utf-8")) if place else {}
     context = raw.get(CONTEXT) or _DEFAULT_CONTEXT.get(raw.get("model_type", ""))
     return _of_llama(config) | ({CONTEXT: context} if context else {})
+
+
+def _stops(comparison: Comparison) -> dict[str, Any]:
+    """Ids that end a text, unless the rung ids has compared them with the tokenizer's."""
+    place = comparison.source or comparison.export
+    if comparison.stop_ids is None or place is None:
+        return {}
+    rows = comparison.candidate.config.vocab_size
+    return {STOPS: sorted(id for id in text_reference.stop_ids(place) if id < rows)}
 
 
 def _of_gpt2(config: GPT2Config) -> dict[str, Any]:

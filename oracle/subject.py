@@ -77,18 +77,22 @@ def compare(
     with preconditions.temporary_folder() as place:
         export = Path(place, "export")
         progress("export")
-        chosen = _exported(directory, export, dtype, plant)
+        loaded, chosen = _exported(directory, export, dtype, plant)
+        stops = None if loaded.tokenizer else tuple(loaded.eos_token_ids)
+        del loaded  # its arrays are the candidate's
         reference = Reference.load(source or export, dtype)
         if source is not None:
             preconditions.refuse_not_finite(reference, source)
-        comparison = Comparison(chosen, reference, export, source, calibration, seed)
+        comparison = Comparison(chosen, reference, export, source, calibration, seed, stops)
         climb = diagnosis.bisect if diagnose else ladder.climb
         report = climb(comparison, everything=everything, progress=begins)
     progress("")
     return report
 
 
-def _exported(directory: Path, export: Path, dtype: str, plant: Callable[[Candidate], Candidate]) -> Candidate:
+def _exported(
+    directory: Path, export: Path, dtype: str, plant: Callable[[Candidate], Candidate]
+) -> tuple[Checkpoint, Candidate]:
     loaded = checkpoint.load(directory)
     chosen = plant(_candidate(loaded, dtype))  # first: it may refuse the model
     preconditions.require_space(export.parent, loaded)
@@ -98,7 +102,7 @@ def _exported(directory: Path, export: Path, dtype: str, plant: Callable[[Candid
         if " was not written: " in str(error):
             raise InputError(f"{error}; {preconditions.MAKE_ROOM}") from error
         raise
-    return chosen
+    return loaded, chosen
 
 
 def import_folder(source: Path, directory: Path) -> None:

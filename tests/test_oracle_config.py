@@ -4,12 +4,13 @@ import dataclasses
 import html
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxgpt.config import RopeScaling
-from oracle import config_fields, diagnosis, ladder, models, noise
+from oracle import config_fields, diagnosis, ladder, models, noise, subject
 from oracle.comparison import Comparison
 from oracle.reference import Reference
 from oracle.reports import page, terminal
@@ -85,6 +86,35 @@ def test_a_context_that_config_json_leaves_out_is_that_of_transformers(made: Mak
     assert config_fields.findings(made(config)) == []
     (found,) = config_fields.findings(altered(made(config), max_position_embeddings=4096))
     assert found.problem == "the checkpoint has 4,096, the reference's config.json says 2,048"
+
+
+@pytest.mark.parametrize(
+    ("ours", "config", "told"),
+    [
+        ((5,), {"eos_token_id": 7}, "the checkpoint has [5], the reference's config.json says [7]"),
+        ((), {"eos_token_id": [7, 3]}, "the checkpoint has none, the reference's config.json says [3, 7]"),
+        ((5,), {}, "the checkpoint has [5], the reference's config.json says none"),
+        ((3, 7), {"eos_token_id": [7, 3]}, None),
+        ((), {"eos_token_id": 50256}, None),
+        (None, {"eos_token_id": 7}, None),
+    ],
+)
+def test_the_ids_that_end_a_text_are_compared_where_no_tokenizer_has_them(
+    made: Make, ours: tuple[int, ...] | None, config: dict[str, Any], told: str | None
+):
+    comparison = dataclasses.replace(made(LLAMA | config), stop_ids=ours)
+    found = [(finding.tap, finding.problem) for finding in config_fields.findings(comparison)]
+    assert found == ([("config.eos_token_ids", told)] if told else [])
+
+
+def test_a_checkpoint_gives_the_ids_that_end_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    climb = ladder.climb
+    monkeypatch.setattr(ladder, "climb", lambda comparison, **_: climb(comparison, rungs=("forward",)))
+    folders = [models.write(LLAMA | {"eos_token_id": id}, tmp_path / str(id), "float32", seed=5) for id in (5, 7)]
+    subject.import_folder(folders[0], tmp_path / "run")
+    limits = noise.stored_calibration()
+    shown = [subject.compare(tmp_path / "run", folder, "float32", limits).verdict for folder in folders]
+    assert shown == ["pass", "fail"]
 
 
 # -- In the ladder ---------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _cause(cause: Cause, place: int) -> Iterator[Markup]:
         title += [" at ", name(wording.cause_place(cause))]
     yield from _fact("Cause" if place == 1 else f"Cause {place}, behind it", join(title), *_doubts(cause))
     if cause.name == UNKNOWN:
-        look = wording.LOOK.get(cause.rung)
+        look = wording.look(cause)
         yield from _fact("Look at", *([prose(wording.sentence(look))] if look else []))
     else:
         yield from _fact("Proof", prose(wording.proof(cause)), *_drawn(cause))

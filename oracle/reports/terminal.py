@@ -124,8 +124,8 @@ def _explained(cause: Cause) -> Iterator[str]:
         yield f"Change: {cause.advice}."
     if cause.name == UNKNOWN and cause.residual is not None and cause.residual.sentences:
         yield f"The difference: {'; '.join(cause.residual.sentences)}."
-    if cause.name == UNKNOWN and cause.rung in wording.LOOK:
-        yield f"Look at: {wording.LOOK[cause.rung]}."
+    if cause.name == UNKNOWN and wording.look(cause):
+        yield f"Look at: {wording.look(cause)}."
     if cause.runners_up:
         yield f"Nearest to undoing it: {'; '.join(cause.runners_up)}."
     if cause.also_at:

@@ -99,6 +99,13 @@ LOOK = {
 """Where to look when all that is known is the rung that broke first."""
 
 
+def look(cause: Cause) -> str:
+    """Where to look for a cause that has no name; empty where nothing is known."""
+    if cause.tap.startswith(CONFIG_FIELD):
+        return "jaxgpt/config.py and jaxgpt/formats/hf.py, which read config.json, and the checkpoint's model.json"
+    return LOOK.get(cause.rung, "")
+
+
 def standing(cause: Cause) -> str:
     """How sure the name is: `proved`, `not proved`, `tied` or `unknown`."""
     if cause.name == UNKNOWN:
