@@ -48,8 +48,9 @@ def echo(number: int) -> OnTap:
             return value
         # In the dtype's own precision a move below half an ulp would be lost; rounding makes it a chance of one.
         wide = torch.promote_types(value.dtype, torch.float32)
-        share = torch.rand(value.shape, generator=generator, dtype=wide).mul_(2).sub_(1)
-        return share.mul_(EPSILON[value.dtype]).add_(1).mul_(value).to(value.dtype)
+        ulp = EPSILON[value.dtype]
+        share = torch.empty(value.shape, dtype=wide).uniform_(-ulp, ulp, generator=generator)
+        return share.add_(1).mul_(value).to(value.dtype)
 
     return move
 
@@ -74,8 +75,16 @@ class Forgetful(Changing):
 
 
 def leave_a_doubt(findings: Iterable[Finding], least: float = DOUBTFUL) -> bool:
-    """Whether one of them may be due to draws that were all lucky."""
-    return any(least < finding.noise < HOPELESS for finding in findings)
+    """Whether one of them may be beyond its limits because the draws were all lucky.
+
+    Further draws only make a ratio smaller: what is within its limits stays there. Without
+    limits, in the clean runs from which they come, everything above `least` is doubtful.
+    """
+    return any(least < finding.noise < HOPELESS and not _is_within_limits(finding) for finding in findings)
+
+
+def _is_within_limits(finding: Finding) -> bool:
+    return finding.ok and max(finding.threshold) < float("inf")
 
 
 def echoes(decoder: Decoder, numbers: Iterable[int] = range(ECHOES)) -> Iterator[Decoder]:

@@ -26,7 +26,7 @@ from oracle.__main__ import main
 from oracle.candidate import Candidate
 from oracle.clean import Run
 from oracle.comparison import Comparison
-from oracle.echo import echo
+from oracle.echo import echo, leave_a_doubt
 from oracle.noise import Calibration, ratios
 from oracle.probe import sequences
 from oracle.reference import Reference
@@ -428,6 +428,22 @@ def test_an_echo_moves_every_rounded_tap_by_about_an_ulp_and_is_the_same_every_t
     moved = (one["layers.0.attn_norm"] - plain["layers.0.attn_norm"]).norm() / plain["layers.0.attn_norm"].norm()
     assert 0.1 * 2.0**-23 < moved < 4 * 2.0**-23
     assert torch.isfinite(one["logits"]).all()
+
+
+@pytest.mark.parametrize(
+    ("ok", "ratio", "limit", "doubt"),
+    [
+        (True, 5.0, 8.0, False),
+        (False, 9.0, 8.0, True),
+        (False, 400.0, 8.0, False),
+        (True, 5.0, float("inf"), True),
+        (True, 1.5, float("inf"), False),
+    ],
+)
+def test_noise_is_drawn_again_where_it_may_decide(ok: bool, ratio: float, limit: float, doubt: bool):
+    """Beyond the limits but not hopelessly; and wherever limits are still to be found."""
+    found = Finding("logits", "head", ok, aggregate=ratio, worst=0.0, threshold=(limit, limit))
+    assert leave_a_doubt([found]) == doubt
 
 
 def test_the_unit_is_the_largest_error_of_peer_and_echoes_and_of_earlier_steps():
