@@ -43,7 +43,9 @@ def bisect(
     report = ladder.climb(comparison, everything=everything, rungs=rungs, progress=progress)
     causes: list[Cause] = []
     now = report
-    while (rung := now.broken) is not None and len(causes) < MOST_CAUSES:
+    for _ in range(MOST_CAUSES):
+        if (rung := now.broken) is None:
+            break
         progress(f"diagnosis of {rung.name}")
         place, first = finer.look(comparison, rung, progress) or (comparison, rung)
         with jax.default_matmul_precision("highest"):
@@ -61,7 +63,8 @@ def bisect(
         above = list(ladder.LADDER)[list(ladder.LADDER).index(rung.name) :]
         now = ladder.climb(comparison, rungs=[name for name in above if name in rungs], progress=progress)
         behind = now if place.candidate.dtype == repaired.dtype else _again(place, repaired, first.name, rungs)
-        causes.append(replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, behind)))
+        cause = replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, behind))
+        causes = joined(causes, cause)
     return replace(report, causes=causes, repaired=now if causes and now is not report else None)
 
 
@@ -75,6 +78,30 @@ def _again(place: Comparison, repaired: Candidate, rung: str, rungs: Sequence[st
 def _still_broken(cause: Cause, report: Report) -> bool:
     place = (cause.rung, cause.tap, cause.before.op, cause.before.where)
     return any(place == (rung.name, f.tap, f.op, f.where) for rung in report.rungs for f in rung.findings if not f.ok)
+
+
+def joined(causes: Sequence[Cause], cause: Cause) -> list[Cause]:
+    """The causes with one more, which may be one of them at a further place.
+
+    A mistake that a forward and a cached step share is undone in each, and what rounding
+    hid of a cause is found in a finer dtype.
+    """
+    known = next((each for each in causes if _is_one(each, cause)), None)
+    if known is None:
+        return [*causes, cause]
+    places = [cause.tap, *cause.also_at]
+    if cause.rung != known.rung:
+        places = [f"{tap} (rung {cause.rung})" for tap in places]
+    also = [place for place in dict.fromkeys((*known.also_at, *places)) if place != known.tap]
+    return [replace(each, also_at=also) if each is known else each for each in causes]
+
+
+def _is_one(known: Cause, cause: Cause) -> bool:
+    if known.name != cause.name or not (known.proved and cause.proved) or list(known.tied) != list(cause.tied):
+        return False
+    if known.rung == cause.rung:
+        return known.advice == cause.advice and known.seen_in != cause.seen_in
+    return known.change == cause.change and known.tap == cause.tap
 
 
 # -- One place -------------------------------------------------------------------------

@@ -1,8 +1,44 @@
 """What bfloat16's rounding hides is looked for in float32, and found where it begins."""
 
+from dataclasses import replace
+
 import pytest
 
+from oracle import diagnosis
 from oracle.faults import mutants, trial
+from oracle.results import Cause, Finding
+
+BEFORE = Finding("layers.0.mlp.gate", "projection", ok=False)
+CAUSE = Cause(
+    name="norm bypassed",
+    rung="forward",
+    tap="layers.0.mlp.gate",
+    change="with a norm",
+    advice="look",
+    before=BEFORE,
+    after=BEFORE,
+    proved=True,
+)
+
+
+def test_what_rounding_hid_of_a_cause_is_no_second_cause():
+    finer = replace(CAUSE, tap="layers.1.mlp.gate", seen_in="float32")
+    assert diagnosis.joined([CAUSE], finer) == [replace(CAUSE, also_at=["layers.1.mlp.gate"])]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tap": "layers.1.mlp.gate"},
+        {"rung": "decode", "change": "with another norm"},
+        {"seen_in": "float32", "proved": False},
+        {"seen_in": "float32", "advice": "look elsewhere"},
+        {"seen_in": "float32", "name": "unknown"},
+    ],
+)
+def test_another_cause_is_kept_apart(changes: dict[str, object]):
+    other = replace(CAUSE, **changes)
+    assert diagnosis.joined([CAUSE], other) == [CAUSE, other]
 
 
 @pytest.mark.slow

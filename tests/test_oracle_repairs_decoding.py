@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from planted_steps import handing_on, is_step, masked, reading, rewired, rounded, with_values
+from planted_steps import handing_on, is_step, masked, reading, rewired, rounded, through, with_values
 
 from jaxgpt import model, taps
 from jaxgpt import ops as true
@@ -95,6 +95,16 @@ def given(**wrong: Any) -> Any:
         return model.forward(config, params, ids, **rest | {name: change(rest[name]) for name, change in wrong.items()})
 
     return forward
+
+
+def _step_reading(*change: str) -> Step:
+    """A cached step with the same change of the table."""
+
+    def step(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, *, replace: Any = model.UNCHANGED) -> Any:
+        table = tuple(map(reading(*change), taps.ops(c, taps.Wiring(cached=True))))
+        return through(table, c, p, model.cached_inputs(c, ids, counts, cache), counts, cache, replace)
+
+    return step
 
 
 def hidden_norm(config: Any, params: Any, ids: Any, *, replace: Any, **rest: Any) -> Any:
@@ -287,6 +297,38 @@ def test_a_step_that_shakes_its_logits_is_unknown(cases: Any):
     found = cases("gpt2").bisect("decode", step=step)
     assert names(found) == [UNKNOWN]
     assert found.causes[0].tap == "logits"
+
+
+@pytest.mark.slow
+def test_a_mistake_that_forward_and_step_share_is_one_cause(cases: Any):
+    case, (tap, wanted, read) = cases("gpt2"), ("layers.0.attn.v", "layers.0.attn_norm", "embed.sum")
+    candidate = dataclasses.replace(
+        case.candidate, forward_pass=wired(reading(tap, wanted, read)), step=_step_reading(tap, wanted, read)
+    )
+    comparison = Comparison(candidate, case.reference, None, None, noise.stored_calibration(), SEED)
+    found = diagnosis.bisect(comparison, rungs=("forward", "decode"))
+    assert names(found) == ["norm bypassed"]
+    (named,) = found.causes
+    assert (named.rung, named.tap, named.also_at) == ("forward", tap, [f"{tap} (rung decode)"])
+    assert named.proved
+    assert found.repaired is not None
+    assert found.repaired.verdict == "pass"
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_step_alone_is_another_than_the_forwards(cases: Any):
+    case = cases("gpt2")
+    candidate = dataclasses.replace(
+        case.candidate,
+        forward_pass=wired(reading("layers.0.attn.v", "layers.0.attn_norm", "embed.sum")),
+        step=_step_reading("layers.1.attn.k", "layers.1.attn_norm", STREAM),
+    )
+    comparison = Comparison(candidate, case.reference, None, None, noise.stored_calibration(), SEED)
+    found = diagnosis.bisect(comparison, rungs=("forward", "decode"))
+    assert [(c.name, c.rung, c.tap) for c in found.causes] == [
+        ("norm bypassed", "forward", "layers.0.attn.v"),
+        ("norm bypassed", "decode", "layers.1.attn.k"),
+    ]
 
 
 @pytest.mark.slow
