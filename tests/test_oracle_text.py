@@ -26,6 +26,7 @@ from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.faults.catalogue import KINDS
 from oracle.reference import Reference
+from oracle.reports import terminal, wording
 from oracle.results import Report
 from oracle.rungs import ids
 from oracle.text import Text
@@ -115,9 +116,39 @@ def test_other_seeds_generate_other_texts_and_pass(gpt2: Comparison):
 def test_a_model_without_a_tokenizer_passes_and_says_so(gpt2: Comparison):
     bare = dataclasses.replace(gpt2, candidate=dataclasses.replace(gpt2.candidate, text=None))
     found = ids.run(bare)
-    assert (found.verdict, found.summary) == ("pass", "no tokenizer: ids only")
+    assert (found.verdict, found.summary) == (
+        "pass",
+        "nothing to compare: the checkpoint has no tokenizer; the other rungs use random ids",
+    )
     _, hidden = exposure.classes(bare, [ids.NAME])
     assert {hidden[name] for name in TEXT_CLASSES} == {"the checkpoint has no tokenizer"}
+
+
+def test_a_summary_says_what_was_compared_with_what(gpt2: Comparison, char: Comparison):
+    both = ids.run(dataclasses.replace(gpt2, source=gpt2.export)).summary
+    tokenizers = "the reference folder's tokenizer and the tokenizer of its own export"
+    assert both == f"26 checks of tokenizer and chat template, 0 failed, against {tokenizers}"
+    bare = ids.run(dataclasses.replace(altered(gpt2, saved_template=None, template=None), export=None)).summary
+    assert bare.endswith(
+        "checks of tokenizer (there is no chat template), 0 failed, against GPT-2's published vocabulary"
+    )
+    assert ids.run(char).summary.endswith("against the rule of a character vocabulary, written a second time")
+
+
+def test_every_claim_and_what_it_is_held_against_have_plain_words(gpt2: Comparison, char: Comparison):
+    found = [f for each in (dataclasses.replace(gpt2, source=gpt2.export), char) for f in ids.run(each).findings]
+    assert {f.tap for f in found} == wording.CLAIMS.keys()
+    said = {wording.where(f) for f in found}
+    assert all(words.startswith(("against the ", "conversation with ")) for words in said)
+    assert {f"against {tokenizer}" for name, tokenizer in wording.TOKENIZERS.items() if "GPT" not in name} <= said
+
+
+def test_a_failure_names_what_was_compared_in_plain_words(gpt2: Comparison):
+    report = ladder.climb(altered(gpt2, stop_ids=(0,)), rungs=(ids.NAME,))
+    assert next(terminal.lines(report)).startswith(
+        "FAIL. First divergence: text.stops, the ids that end a reply (against the checkpoint's and the folder's "
+        "files), in the rung ids. A reply ends at ids [0], the files say ["
+    )
 
 
 def test_without_the_reference_library_it_says_what_was_not_compared(

@@ -155,7 +155,7 @@ def _finding(found: Finding) -> Markup:
     return tag(
         "tr",
         tag("th", name(found.tap), scope="row"),
-        tag("td", found.op),
+        tag("td", wording.CLAIMS.get(found.tap, found.op)),
         tag("td", wording.where(found)),
         *(tag("td", measure if sized else "–", class_="figure") for measure in measures),
         tag("td", prose(found.problem)),

@@ -93,7 +93,8 @@ def _further(report: Report) -> Iterator[str]:
     others = [finding for finding in rung.findings if not finding.ok][1:]
     shown = dict.fromkeys(f"{wording.place(rung.name, o)} {wording.where(o)}".strip() for o in others)
     if shown:
-        yield f"Also beyond noise in this rung: {wording.first(list(shown), SHOWN)}."
+        what = "different" if rung.name == "ids" else "beyond noise"
+        yield f"Also {what} in this rung: {wording.first(list(shown), SHOWN)}."
 
 
 # -- Causes ----------------------------------------------------------------------------

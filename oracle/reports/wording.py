@@ -36,8 +36,32 @@ def is_parameter(rung: str, found: Finding) -> bool:
     return rung == "bits" or (rung != "operators" and found.op in ("kernel", "weight", "bias"))
 
 
+CLAIMS = {
+    "text.encode": "the ids of plain text",
+    "text.user": "the ids of what people type",
+    "text.decode": "the text of ids",
+    "text.specials": "the special tokens",
+    "text.parse": "the ids of text in which special tokens are spelled",
+    "text.template": "the ids of a conversation",
+    "text.mask": "which ids of a conversation are trained",
+    "text.bos": "the ids that a prompt begins with",
+    "text.stops": "the ids that end a reply",
+}
+"""What each place of the rung ids is about."""
+TOKENIZERS = {
+    "the reference": "the reference folder's tokenizer",
+    "the export": "the tokenizer of its own export",
+    "GPT-2's files": "GPT-2's published vocabulary",
+    "the rule of kind char": "the rule of a character vocabulary, written a second time",
+    "the saved state": "the checkpoint's own tokenizer_state.json",
+}
+"""What a text side is compared with."""
+
+
 def kind(rung: str, found: Finding) -> str:
     """What a place is: a parameter, a config field, an op by its function; nothing for a tap that is not there."""
+    if found.tap in CLAIMS:
+        return CLAIMS[found.tap]
     if is_parameter(rung, found):
         return "a parameter"
     if found.tap.startswith(CONFIG_FIELD):
@@ -53,7 +77,12 @@ def place(rung: str, found: Finding) -> str:
 
 
 def where(found: Finding) -> str:
-    """Probe, step or index; of a parameter, the file it was compared with."""
+    """Probe, step or index; of a parameter, the file it was compared with, and of text what it was compared with."""
+    if found.tap == "text.stops":
+        return "against the checkpoint's and the folder's files"
+    if found.tap in CLAIMS:
+        against = TOKENIZERS.get(found.where)
+        return f"against {against}" if against else f"conversation with {found.where}"
     files = {"reference": "against the reference's file", "export": "against its own export"}
     return files.get(found.where, found.where)
 

@@ -14,6 +14,7 @@ from jaxgpt.tokenizer import END, END_OF_TEXT, Special
 from oracle import text_probe, text_reference
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
+from oracle.reports import wording
 from oracle.results import Finding, RungResult
 from oracle.site import Site
 from oracle.text import Text
@@ -34,14 +35,17 @@ def run(comparison: Comparison) -> RungResult:
     """One finding per claim about the text side, in causal order."""
     text = comparison.candidate.text
     if text is None:
-        return RungResult(NAME, [], "no tokenizer: ids only")
+        return RungResult(
+            NAME, [], "nothing to compare: the checkpoint has no tokenizer; the other rungs use random ids"
+        )
     found = text_reference.references(comparison)
     if not found:
         return RungResult(NAME, [], f"not compared: {text_reference.MISSING}")
     findings = list(Walk(comparison, text, found).findings())
     broken = sum(not finding.ok for finding in findings)
-    labels = " and ".join(dict.fromkeys(reference.label for reference in found))
-    summary = f"{len(findings)} claims about tokenizer and template, {broken} broken, against {labels}"
+    labels = " and ".join(dict.fromkeys(wording.TOKENIZERS[reference.label] for reference in found))
+    what = "tokenizer and chat template" if text.saved_template else "tokenizer (there is no chat template)"
+    summary = f"{len(findings)} checks of {what}, {broken} failed, against {labels}"
     return RungResult(NAME, findings, summary)
 
 
