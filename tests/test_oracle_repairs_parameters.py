@@ -127,6 +127,24 @@ def test_another_revision_is_one_cause_for_every_tensor(dtype: str, model: Calla
     ] == ["weights of another revision"], "trained in bfloat16"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_layer_that_is_near_the_files_is_not_called_a_revision(dtype: str, model: Callable[..., Model]):
+    true, size = model("llama", dtype), {"float32": 1e-3, "bfloat16": 3e-2}[dtype]
+
+    def noisy(tensors: Tensors, rng: np.random.Generator) -> Tensors:
+        layer = {name: array for name, array in tensors.items() if name.startswith("layers.1.")}
+        return {
+            name: (array * (1 + rng.uniform(-size, size, array.shape))).astype(array.dtype)
+            for name, array in layer.items()
+        }
+
+    (found,) = true.causes(true.planted(noisy))
+    assert (found.name, found.proved) == ("weights of one layer altered", True)
+    assert {tap.split(".")[1] for tap in (found.tap, *found.also_at)} == {"1"}
+    assert "of layer 1 alone, which differ by " in found.change
+    assert "converted with loss" in found.advice
+
+
 def test_one_perturbed_tensor_is_no_revision(model: Callable[..., Model]):
     true = model("gpt2")
     (found,) = true.causes(true.planted(lambda t, rng: {UP: fine_tuned({UP: t[UP]}, rng)[UP]}))

@@ -46,7 +46,9 @@ def theta(box: BlackBox) -> Iterator[Change]:
         yield _divided(box, f"with theta {rope.theta:g} instead of {used:g}", _other(box, theta=used))
     plain = _theta_in_use(box, kind="default") if rope.kind != "default" else None
     if plain is not None and abs(plain - rope.theta) > 1e-5 * rope.theta:
-        words = f"with theta {rope.theta:g} and {rope.kind} scaling instead of {plain:g} without scaling"
+        words = (
+            f"with theta {rope.theta:g} and {rope.kind} scaling instead of {float(f'{plain:.4g}'):g} without scaling"
+        )
         yield _divided(box, words, _other(box, theta=plain, kind="default"))
 
 

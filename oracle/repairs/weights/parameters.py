@@ -23,6 +23,7 @@ each other; where none fits, the cause stays unknown.
 | 12 | values rounded to fewer bits | mantissas end in zeros, within half a step |
 | 13 | a low-rank change, such as a merged adapter | dense, beyond the rounding, of rank ≤ 64 and a third of the width |
 | 14 | weights of another revision | in at least four tensors: dense, full-rank, within 0.45 of the size |
+| 14 | weights of one layer altered | the same, and all of them are one layer's |
 | 15 | tensor left at its random init | uncorrelated, distributed as an initialiser's values |
 """
 
@@ -99,6 +100,10 @@ _ADVICE: dict[str, str] = {
     "values rounded to fewer bits": "keep the file's dtype wherever the tensor is read and stored",
     "a low-rank change, such as a merged adapter": "import the base model's file, or compare with the merged one",
     "weights of another revision": "import the revision that --reference names, or name the one that was imported",
+    "weights of one layer altered": (
+        "only this layer differs, throughout and by little: it was trained further alone, updated in part, or "
+        "converted with loss (quantised, cast, noise added); import the layer again from the others' revision"
+    ),
 }
 REPAIRS: tuple[Repair, ...] = (
     *presence.REPAIRS,

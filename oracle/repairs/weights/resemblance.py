@@ -173,7 +173,10 @@ def _spread(array: np.ndarray) -> np.ndarray:
 
 
 def revision(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look | None:
-    """This and most other tensors that differ are near the file's everywhere, in the right dtype and layout."""
+    """This and most other tensors that differ are near the file's everywhere, in the right dtype and layout.
+
+    Of one layer alone that is more than a revision's look: a conversion may have lost as much.
+    """
     if not _resembles(ours, theirs):
         return None
     values: dict[str, np.ndarray] = {}
@@ -191,7 +194,20 @@ def revision(site: ParameterSite, ours: np.ndarray, theirs: np.ndarray) -> Look 
     matrices = sum(values[name].ndim > 1 for name in values)
     if matrices < LEAST or far > matrices // 3:
         return None
-    return Look("weights of another revision", f"with the file's values of {len(values)} parameters", values)
+    words = f"with the file's values of {len(values)} parameters"
+    layers = {name.split(".")[1] if name.startswith("layers.") else "" for name in values}
+    if len(layers) > 1 or "" in layers or site.candidate.config.num_hidden_layers == 1:
+        return Look("weights of another revision", words, values)
+    return Look(
+        "weights of one layer altered", f"{words} of layer {layers.pop()} alone, {_nearness(site, values)}", values
+    )
+
+
+def _nearness(site: ParameterSite, values: Mapping[str, np.ndarray]) -> str:
+    pairs = [(_spread(np.asarray(site.candidate.stored[name])), _spread(true)) for name, true in values.items()]
+    ours, theirs = (np.concatenate([array.ravel() for array in side]) for side in zip(*pairs, strict=True))
+    apart = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    return f"which differ by {apart:.1g} of their size (correlation {_correlation(ours, theirs):.7f})"
 
 
 def _same_look(ours: np.ndarray, theirs: np.ndarray) -> bool:
