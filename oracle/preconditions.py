@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from jaxgpt import checkpoint, step_folder
+from jaxgpt import checkpoint, step_folder, weights
 from jaxgpt.array_files import in_bytes
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig, hf_model_type
 from jaxgpt.errors import InputError
-from oracle import memory, probe
+from oracle import memory, probe, training_probe
 from oracle.reference import DTYPES, Reference
 
 FAMILIES = {"gpt2": "gpt2", "llama": "llama", "qwen2": "llama"}
@@ -128,8 +128,8 @@ _PART = 1 << 22
 
 # -- Room ------------------------------------------------------------------------------
 
-FIXED = 1 << 29
-"""Bytes that the programs and their compilers take, whatever the model."""
+FIXED = 1 << 30
+"""Bytes that the programs and their compilers take, those of every rung together, whatever the model."""
 MAKE_ROOM = "make room there, or set TMPDIR to a folder with more"
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -148,14 +148,32 @@ def needed(config: ModelConfig, parameters: Mapping[str, Mapping[str, Any]], dty
     """Bytes that a comparison takes at its peak, about.
 
     The candidate as stored and in its compute dtype, the peer in that dtype, the truth in
-    float64, the files a second time for the rung bits; all activations of the candidate
-    on the longest probe, and the logits of every side.
+    float64, and beside them what the hungriest rung takes: the files a second time with
+    all activations of the candidate on the longest probe and the logits of every side;
+    the gradients; or the optimizer's states.
     """
     stored = sum(_count_of(p) * _WIDTH[p["dtype"]] for p in parameters.values())
     count = sum(map(_count_of, parameters.values()))
     computed = count * DTYPES[dtype].itemsize
     cast = computed if any(p["dtype"] != dtype for p in parameters.values()) else 0
-    return FIXED + 2 * stored + cast + computed + 8 * count + _activations(config)
+    held = stored + cast + computed + 8 * count
+    master = 4 * count if dtype != "float32" else 0
+    return FIXED + held + max(stored + _activations(config), master + _gradients(config, count), _states(config))
+
+
+def _gradients(config: ModelConfig, count: int) -> int:
+    """Those of candidate and peer in float32; the truth's go layer by layer, the last with embedding and head."""
+    return 8 * count + 2 * 8 * config.vocab_size * config.hidden_size
+
+
+def _states(config: ModelConfig) -> int:
+    """Of the optimizer, for the part of the model that it is compared on."""
+    part = training_probe.part_of(config) if training_probe.is_large(config) else config
+    return _OF_AN_OPTIMIZED * sum(math.prod(parameter.shape) for parameter in weights.parameters(part))
+
+
+_OF_AN_OPTIMIZED = 200
+"""Bytes a parameter: truth, divisors, peer and candidate after each compared step, and the moments of the step."""
 
 
 def _activations(config: ModelConfig) -> int:
