@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from oracle import finer, ladder
+from oracle import finer, ladder, threads
 from oracle.candidate import Candidate, Unrunnable
 from oracle.comparison import Comparison
 from oracle.repairs.catalogue import REPAIRS
@@ -48,7 +48,7 @@ def bisect(
             break
         progress(f"diagnosis of {rung.name}")
         place, first = finer.look(comparison, rung, progress) or (comparison, rung)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), threads.fitting(comparison.candidate.config):
             cause, repaired = explain(place, first)
         if place is not comparison:
             cause = replace(cause, seen_in=place.candidate.dtype)

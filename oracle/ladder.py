@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import jax
 
-from oracle import exposure, noise, training_site
+from oracle import exposure, noise, threads, training_site
 from oracle.candidate import Unrunnable
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
@@ -58,7 +58,7 @@ def climb(
         progress: told the name of each rung before it runs.
     """
     results: list[RungResult] = []
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), threads.fitting(comparison.candidate.config):
         for name in (name for name in LADDER if name in rungs):
             progress(name)
             results.append(_timed(name, comparison))

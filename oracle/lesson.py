@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -152,27 +151,13 @@ def gradient_batches(lesson: Lesson) -> list[training.Batch]:
     return batches[-1:] if training_probe.is_large(lesson.candidate.config) else batches
 
 
-@contextmanager
-def threads(*, large: bool) -> Generator[None, None, None]:
-    """Torch's own number for a large model, one for a small one: more would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if large else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @lru_cache(maxsize=1)
 def gradients(
     reference: Reference, corpus: Corpus, settings: TrainSettings
 ) -> tuple[tuple[float, Arrays], tuple[float, Arrays]]:
     """Truth's and peer's mean loss and gradient over all micro-batches of a small model."""
     batches = training_reference.micro_batches(corpus, settings)
-    with threads(large=False):
-        truth, peer = (
-            training_reference.gradients(model.decoder, batches) for model in (reference.truth, reference.peer)
-        )
+    truth, peer = (training_reference.gradients(model.decoder, batches) for model in (reference.truth, reference.peer))
     return truth, peer
 
 
@@ -180,8 +165,7 @@ def gradients(
 def echoed_gradients(reference: Reference, corpus: Corpus, settings: TrainSettings) -> list[Arrays]:
     """Further draws of the noise in the peer's gradient of a small model."""
     batches = training_reference.micro_batches(corpus, settings)
-    with threads(large=False):
-        return [training_reference.gradients(decoder, batches)[1] for decoder in echoes(reference.peer.decoder, ALL)]
+    return [training_reference.gradients(decoder, batches)[1] for decoder in echoes(reference.peer.decoder, ALL)]
 
 
 COMPARED = (1, 2, 4, 8, 20)
@@ -223,26 +207,24 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
     size = settings.accumulate
     grouped = [batches[start : start + size] for start in range(0, len(batches), size)]
     truth, peer = (_model(model.decoder, ids) for model in (reference.truth, reference.peer))
-    with threads(large=bool(ids)):
-        _, first = training.gradients(truth, grouped[0])
-        norm = _on_grid(training.global_norm(first))
+    _, first = training.gradients(truth, grouped[0])
+    norm = _on_grid(training.global_norm(first))
 
-        def steps(model: Decoder, dtype: torch.dtype) -> Iterator[State]:
-            trainer = training_reference.trainer(model, scaled(settings, norm), dtype)
-            return training_reference.steps(trainer, grouped, settings.steps, COMPARED)
+    def steps(model: Decoder, dtype: torch.dtype) -> Iterator[State]:
+        trainer = training_reference.trainer(model, scaled(settings, norm), dtype)
+        return training_reference.steps(trainer, grouped, settings.steps, COMPARED)
 
-        def compared(model: Decoder) -> ByStep:
-            with threads(large=bool(ids)):
-                states = enumerate(steps(model, torch.float32), 1)
-                return {number: state.parameters for number, state in states if number in COMPARED}
+    def compared(model: Decoder) -> ByStep:
+        states = enumerate(steps(model, torch.float32), 1)
+        return {number: state.parameters for number, state in states if number in COMPARED}
 
-        def draw(numbers: Iterable[int]) -> list[ByStep]:
-            return [compared(model) for model in echoes(peer, numbers)]
+    def draw(numbers: Iterable[int]) -> list[ByStep]:
+        return [compared(model) for model in echoes(peer, numbers)]
 
-        start = training_reference.named(dict(truth.named_parameters()))
-        true = list(steps(truth, torch.float64))
-        draws = [compared(peer), *draw(() if ids else range(ECHOES))]
-        return Course(norm, start, true, draws, draw)
+    start = training_reference.named(dict(truth.named_parameters()))
+    true = list(steps(truth, torch.float64))
+    draws = [compared(peer), *draw(() if ids else range(ECHOES))]
+    return Course(norm, start, true, draws, draw)
 
 
 def forget() -> None:

@@ -33,11 +33,7 @@ ARRAYS = ("ids", "targets", "mask", "positions", "segments")
 def run(comparison: Comparison) -> RungResult:
     """The five arrays of the batches, per-token losses of each micro-batch, the mean loss."""
     asked = lesson.whole(comparison)
-    with lesson.threads(large=training_probe.is_large(asked.candidate.config)):
-        return _compared(comparison, asked, lesson.micro_batches(asked))
-
-
-def _compared(comparison: Comparison, asked: Lesson, batches: Sequence[training.Batch]) -> RungResult:
+    batches = lesson.micro_batches(asked)
     findings = batch_findings(asked, batches)
     judge, reference = comparison.judge(NAME), comparison.reference
     step = lesson.gradient_batches(asked)

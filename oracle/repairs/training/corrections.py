@@ -72,13 +72,10 @@ def differentiated(site: Site, share: Callable[[torch.Tensor, training.Batch], t
     decoder = site.comparison.reference.truth.decoder
     names, parameters = zip(*decoder.named_parameters(), strict=True)
     answers: list[Answer] = []
-    with lesson.threads(large=False):
-        for batch in site.once(batches):
-            value = share(decoder(batch.ids, positions=batch.positions, segments=batch.segments), batch)
-            found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-            answers.append(
-                Answer(float(value.detach()), training_reference.named(dict(zip(names, found, strict=True))))
-            )
+    for batch in site.once(batches):
+        value = share(decoder(batch.ids, positions=batch.positions, segments=batch.segments), batch)
+        found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        answers.append(Answer(float(value.detach()), training_reference.named(dict(zip(names, found, strict=True)))))
     return answers
 
 
