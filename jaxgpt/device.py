@@ -8,19 +8,25 @@ import jax
 from jaxgpt.errors import InputError
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
+_LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
+
+def keep_programs() -> None:
+    """Compiled programs stay in `~/.cache/jaxgpt` (or $JAX_COMPILATION_CACHE_DIR): a second start need not compile."""
+    if _CACHE not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt"))
+    if _LEAST not in os.environ:
+        # JAX keeps those that took a second; a small model has many that take less.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def use(device: str) -> str:
-    """Choose "cpu", "gpu" or "auto" for the whole process; returns the platform in use.
-
-    Compiled programs are kept in `~/.cache/jaxgpt` (or $JAX_COMPILATION_CACHE_DIR),
-    so that a second start need not compile again.
+    """Choose "cpu", "gpu" or "auto" for the whole process, and keep its programs; returns the platform in use.
 
     Raises:
         InputError: a GPU was asked for and JAX sees none; never a silent fallback.
     """
-    if _CACHE not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt"))
+    keep_programs()
     if device not in ("auto", "cpu", "gpu"):
         raise InputError(f"device must be auto, cpu or gpu; got {device!r}")
     if device == "cpu":

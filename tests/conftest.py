@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No program of an earlier run: what a test compiles is what it runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 # Most of the suite's time is LLVM optimising programs that run once. The demo, the
 # benchmarks and `make equivalence` run what users run, fully optimised.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

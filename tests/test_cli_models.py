@@ -25,11 +25,6 @@ from jaxgpt.tokenizer import Tokenizer
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
 
 
-@pytest.fixture(autouse=True)
-def _no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same random model as `base` and as `sft`."""

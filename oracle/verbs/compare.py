@@ -29,6 +29,7 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
     Raises:
         InputError: `--plant` names no class, or more than one, or one that this comparison cannot show.
     """
+    from jaxgpt import device
     from oracle import exposure, ladder, subject
     from oracle.faults import planting
     from oracle.reports import page, terminal
@@ -37,6 +38,7 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
     start = time.perf_counter()
     fault = _planted(arguments.plant or [])
     planted = {"plant": planting.planter(fault)} if fault else {}
+    device.keep_programs()
     answer = subject.compare(
         arguments.checkpoint,
         arguments.reference,
