@@ -22,6 +22,9 @@ FAMILIES = {
     "llama": models.MODELS["llama-square-biased-tied-linear"] | {"num_hidden_layers": 2, "max_position_embeddings": 70},
 }
 Bisect = Callable[[str, Step, str], Report]
+ROUNDED_AWAY = {("bf16", "gpt2"), ("eps", "llama"), ("float8", "gpt2"), ("float8 stored", "gpt2")}
+"""What bfloat16's own rounding covers: e4m3 moves a key by 2.6 %, three times its noise in this model; the limit is
+four times."""
 QUICK = {("blind", "gpt2", "float32"), ("theta", "llama", "float32"), ("rows handed on", "gpt2", "bfloat16")}
 """The others are exhaustive."""
 
@@ -63,8 +66,7 @@ def planted() -> list[Any]:
     for case, (families, _, _) in FAULTS.items():
         for family in families.split():
             for dtype in ("float32", "bfloat16"):
-                # What bfloat16 rounds away has no name of its own there.
-                if case in ("bf16", "eps") and dtype == "bfloat16":
+                if (case, family) in ROUNDED_AWAY and dtype == "bfloat16":
                     continue
                 marks = [] if (case, family, dtype) in QUICK else [pytest.mark.exhaustive]
                 cases.append(pytest.param(case, family, dtype, marks=marks, id=f"{case}-{family}-{dtype}"))

@@ -228,6 +228,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     # Training
     "targets are not shifted": ("label shift missing",),
     "targets are shifted twice": ("label shift doubled",),
+    "the end of a reply's header is trained": ("header of a reply trained",),
     "the loss mask is off by one": ("loss mask off by one", "conversation mask off by one"),
     "padding is trained": ("padding trained",),
     "prompts are trained": ("loss over prompt tokens too", "every token trained"),

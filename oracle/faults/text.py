@@ -265,6 +265,13 @@ def end_not_trained(text: Text, messages: Sequence[Message]) -> Rendered:
     return Rendered(right.ids, [here & after for here, after in zip(right.mask, following, strict=True)])
 
 
+def header_trained(text: Text, messages: Sequence[Message]) -> Rendered:
+    """The last token of a reply's header is trained as part of the reply."""
+    right = render(text, messages)
+    following = [*right.mask[1:], 0]
+    return Rendered(right.ids, [here | after for here, after in zip(right.mask, following, strict=True)])
+
+
 def mask_one_late(text: Text, messages: Sequence[Message]) -> Rendered:
     """The mask is off by one."""
     right = render(text, messages)

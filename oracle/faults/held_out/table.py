@@ -29,7 +29,7 @@ from oracle.faults.held_out import text as x
 from oracle.faults.held_out import training as t
 from oracle.faults.held_out import wiring as w
 from oracle.faults.names import NAMES
-from oracle.faults.text import rendered, spoken
+from oracle.faults.text import spoken
 from oracle.faults.training import Recipe, Rules, learning, optimized, packed
 from oracle.faults.weights import edited
 from oracle.faults.wiring import rewired
@@ -237,7 +237,6 @@ STEPS = (
 SPEECH = (
     _unlisted("texts cut off", spoken(x.cut_off), IDS, "text.encode", dtypes=FP32, needs=TEXT),
     _unlisted("spaces cleaned up", spoken(x.spaces_cleaned_up), IDS, "text.decode", dtypes=FP32, needs=TEXT),
-    _unlisted("end of the header trained", rendered(x.one_before_trained), IDS, "text.mask", dtypes=FP32, needs=TEXT),
 )
 
 SECOND: tuple[Fault, ...] = (

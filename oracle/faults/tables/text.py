@@ -111,6 +111,7 @@ CHAT = (
     _row("mask of everything", "prompts are trained", t.rendered(t.everything_trained), MASK),
     _row("end token not trained", "the end of a reply is not trained", t.rendered(t.end_not_trained), MASK),
     _row("chat mask off by one", "the loss mask is off by one", t.rendered(t.mask_one_late), MASK),
+    _row("reply's header trained", "the end of a reply's header is trained", t.rendered(t.header_trained), MASK),
     _row("last reply only", "only the last reply is trained", t.rendered(t.last_reply_only), MASK),
 )
 
