@@ -33,13 +33,14 @@ def masked_sum(
     dtype: Any,
     rng: Key[Array, ""] | None = None,
     remat: bool = False,
+    forward: model.ForwardPass = model.forward,
 ) -> Float[Array, ""]:
     """Sum of the masked token losses of one batch (arrays B T); divide by the mask's sum yourself.
 
     A mean here would weigh micro-batches of unequal masks alike: the accumulation
     bug of transformers #34191.
     """
-    output = model.forward(
+    output = forward(
         config,
         model.cast(params, dtype),
         batch["ids"],

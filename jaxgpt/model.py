@@ -5,7 +5,7 @@ Read in this order: `run` (how the table of ops becomes a model), `forward` and
 module, which defines and initialises them).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -76,6 +76,10 @@ class Output(NamedTuple):
     logits: Float[Array, "B T V"]
     taps: dict[str, Array]
     """Every op's output by tap name, in execution order."""
+
+
+ForwardPass = Callable[..., Output]
+"""Signature of `forward`."""
 
 
 def uncached_inputs(

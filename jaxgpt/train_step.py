@@ -61,12 +61,17 @@ def stacked(batches: Sequence[Batch]) -> Arrays:
     return {name: jnp.asarray(np.stack([batch[name] for batch in dicts])) for name in dicts[0]}
 
 
-@partial(jax.jit, static_argnames=("config", "settings", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "settings", "dtype", "forward"), donate_argnames="state")
 def train_step(
-    config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState, batches: Arrays
+    config: ModelConfig,
+    settings: TrainSettings,
+    dtype: str,
+    state: TrainState,
+    batches: Arrays,
+    forward: model.ForwardPass = model.forward,
 ) -> tuple[TrainState, StepReport]:
     """One update from `batches`, arrays (A, B, T): the same as from one batch of A·B rows."""
-    loss, gradients = mean_gradients(config, settings, dtype, state, batches)
+    loss, gradients = mean_gradients(config, settings, dtype, state, batches, forward)
     grad_norm = optax.tree.norm(gradients)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, moments = optimizer(settings).update(gradients, state.moments, state.params)
@@ -92,7 +97,12 @@ def _is_schedule(node: Any) -> bool:
 
 
 def mean_gradients(
-    config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState, batches: Arrays
+    config: ModelConfig,
+    settings: TrainSettings,
+    dtype: str,
+    state: TrainState,
+    batches: Arrays,
+    forward: model.ForwardPass = model.forward,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean loss a trained token over all micro-batches, and its gradient."""
     count = jnp.maximum(batches["mask"].sum(), 1.0)
@@ -103,7 +113,8 @@ def mean_gradients(
         rng = jax.random.fold_in(key, number)
 
         def loss(params: model.Params) -> Array:
-            return masked_sum(config, params, batch, dtype=dtype, rng=rng, remat=settings.remat) / count
+            summed = masked_sum(config, params, batch, dtype=dtype, rng=rng, remat=settings.remat, forward=forward)
+            return summed / count
 
         value, gradients = jax.value_and_grad(loss)(state.params)
         return (total[0] + value, jax.tree.map(jnp.add, total[1], gradients)), None

@@ -7,7 +7,7 @@ otherwise true model, in memory.
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -26,10 +26,31 @@ from oracle import memory
 from oracle.text import Text
 from oracle.training import Training
 
-ForwardPass = Callable[..., model.Output]
-"""Signature of `jaxgpt.model.forward`."""
 Step = Callable[..., tuple[model.Output, KVCache]]
 """Signature of `jaxgpt.model.forward_cached`."""
+
+
+@dataclass(frozen=True, eq=False)
+class CalledBack:
+    """An op that another program computes: no gradient goes through it."""
+
+    function: OpFunction
+
+    def __call__(self, *given: Any) -> Any:
+        """The op's output."""
+        return self.function(*given)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A forward pass with some ops replaced, as one function; equal ones share their compilations."""
+
+    forward_pass: model.ForwardPass
+    replace: "Replacements"
+
+    def __call__(self, *given: Any, **further: Any) -> model.Output:
+        """See `jaxgpt.model.forward`."""
+        return self.forward_pass(*given, **further, replace=dict(self.replace))
 
 
 class Unrunnable(Exception):
@@ -56,7 +77,7 @@ class Candidate:
     """Compute dtype: `float32` or `bfloat16`."""
     replace: Mapping[str, OpFunction] = field(default_factory=lambda: model.UNCHANGED)
     """Ops to run instead of the model's own, by tap or by function."""
-    forward_pass: ForwardPass = model.forward
+    forward_pass: model.ForwardPass = model.forward
     """One forward of whole sequences."""
     step: Step = model.forward_cached
     """One cached forward: prefill, or a decode step."""
@@ -84,6 +105,16 @@ class Candidate:
     @property
     def _replacements(self) -> "Replacements":
         return tuple(sorted(self.replace.items(), key=lambda item: item[0]))
+
+    def trained_as_run(self) -> "Candidate":
+        """The candidate whose product's own training functions differentiate the forward pass that it runs."""
+        forward = Replaced(self.forward_pass, self._replacements)
+        return replace(self, training=self.training.differentiating(forward))
+
+    @property
+    def has_no_gradient(self) -> bool:
+        """An op of the forward pass is called back from another program."""
+        return any(isinstance(function, CalledBack) for function in self.replace.values())
 
     def forward(self, ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> dict[str, jax.Array]:
         """All taps of one free-running forward, in execution order.
@@ -178,7 +209,7 @@ Replacements = tuple[tuple[str, OpFunction], ...]
 def _forward(
     config: ModelConfig,
     replace: Replacements,
-    forward_pass: ForwardPass,
+    forward_pass: model.ForwardPass,
     params: model.Params,
     ids: Any,
     positions: Any,

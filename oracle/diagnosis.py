@@ -17,7 +17,7 @@ from oracle.comparison import Comparison
 from oracle.repairs.catalogue import REPAIRS
 from oracle.repairs.repair import Repair, Variant
 from oracle.results import UNKNOWN, Cause, Finding, Report, RungResult
-from oracle.rungs import bits, decode, forward
+from oracle.rungs import bits, decode, forward, gradients, loss, optimizer
 from oracle.rungs.operators import OpSite
 from oracle.site import Site
 
@@ -25,6 +25,8 @@ MOST_CAUSES = 8
 """A model with more faults than that is not repaired one by one."""
 INHERITED = (forward.NAME, decode.NAME)
 """Rungs in which a difference spreads to what is computed from it."""
+GRADIENTS = (gradients.NAME, optimizer.NAME)
+TRAINING = (loss.NAME, *GRADIENTS)
 FALLS = 0.5
 """A repair takes away at least half of the error: a limit that was barely exceeded proves nothing."""
 
@@ -47,6 +49,11 @@ def bisect(
         if (rung := now.broken) is None:
             break
         progress(f"diagnosis of {rung.name}")
+        if causes and (trained := _trained_as_run(comparison, rung)) is not None:
+            comparison, causes = replace(comparison, candidate=trained), _shown_in(causes, rung)
+            rungs = [name for name in rungs if not (trained.has_no_gradient and name in GRADIENTS)]
+            now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
+            continue
         place, first = finer.look(comparison, rung, progress) or (comparison, rung)
         with jax.default_matmul_precision("highest"), threads.fitting(comparison.candidate.config):
             cause, repaired = explain(place, first)
@@ -60,8 +67,7 @@ def bisect(
         repaired = replace(repaired, dtype=comparison.candidate.dtype)
         comparison = replace(comparison, candidate=repaired, export=export)
         # Rungs below this one have passed, and no repair here can reach them.
-        above = list(ladder.LADDER)[list(ladder.LADDER).index(rung.name) :]
-        now = ladder.climb(comparison, rungs=[name for name in above if name in rungs], progress=progress)
+        now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
         behind = now if place.candidate.dtype == repaired.dtype else _again(place, repaired, first.name, rungs)
         cause = replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, behind))
         causes = joined(causes, cause)
@@ -70,9 +76,36 @@ def bisect(
 
 def _again(place: Comparison, repaired: Candidate, rung: str, rungs: Sequence[str]) -> Report:
     """The rung of a cause that only a finer dtype shows, and the one behind it, in that dtype."""
-    at = list(ladder.LADDER).index(rung)
-    two = [name for name in list(ladder.LADDER)[at : at + 2] if name in rungs]
-    return ladder.climb(replace(place, candidate=replace(repaired, dtype=place.candidate.dtype)), rungs=two)
+    candidate = replace(repaired, dtype=place.candidate.dtype)
+    return ladder.climb(replace(place, candidate=candidate), rungs=_from(rung, rungs)[:2])
+
+
+def _from(rung: str, rungs: Sequence[str]) -> list[str]:
+    """The rung and those above it."""
+    order = list(ladder.LADDER)
+    return [name for name in order[order.index(rung) :] if name in rungs]
+
+
+def _trained_as_run(comparison: Comparison, rung: RungResult) -> Candidate | None:
+    """The candidate with its repaired ops in training too, where that is what the rung misses.
+
+    Training runs the product's own ops: a mistake in the product's code was so far undone in the forward pass alone.
+    """
+    candidate, first = comparison.candidate, rung.first
+    if rung.name not in TRAINING or not candidate.replace or first is None:
+        return None
+    trained = candidate.trained_as_run()
+    if trained.training == candidate.training:
+        return None
+    after = ladder.site(comparison, rung.name, first).measure(trained)
+    return trained if _falls(first, after) else None
+
+
+def _shown_in(causes: Sequence[Cause], rung: RungResult) -> list[Cause]:
+    """The causes, the last of which is seen in this rung as well."""
+    assert rung.first is not None
+    *others, last = causes
+    return [*others, replace(last, also_at=[*last.also_at, f"{rung.first.tap} (rung {rung.name})"])]
 
 
 def _still_broken(cause: Cause, report: Report) -> bool:
@@ -83,8 +116,8 @@ def _still_broken(cause: Cause, report: Report) -> bool:
 def joined(causes: Sequence[Cause], cause: Cause) -> list[Cause]:
     """The causes with one more, which may be one of them at a further place.
 
-    A mistake that a forward and a cached step share is undone in each, and what rounding
-    hid of a cause is found in a finer dtype.
+    A mistake that a forward and a cached step share is undone in each, as is one of the loss
+    in its gradient, and what rounding hid of a cause is found in a finer dtype.
     """
     known = next((each for each in causes if _is_one(each, cause)), None)
     if known is None:
@@ -101,6 +134,8 @@ def _is_one(known: Cause, cause: Cause) -> bool:
         return False
     if known.rung == cause.rung:
         return known.advice == cause.advice and known.seen_in != cause.seen_in
+    if known.rung in TRAINING and cause.rung in TRAINING:
+        return known.advice == cause.advice
     return known.change == cause.change and known.tap == cause.tap
 
 
@@ -171,8 +206,11 @@ def _tried(repair: Repair, site: Site) -> Iterator[_Attempt]:
 
 
 def _undoes(attempt: _Attempt, before: Finding) -> bool:
-    after = attempt.after
-    return after.ok and (bool(before.problem) or after.error <= FALLS * before.error)
+    return attempt.after.ok and _falls(before, attempt.after)
+
+
+def _falls(before: Finding, after: Finding) -> bool:
+    return bool(before.problem) or after.error <= FALLS * before.error
 
 
 def _unknown(

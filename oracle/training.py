@@ -4,7 +4,7 @@ By default they are the product's own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -70,15 +70,17 @@ def batches(corpus: Corpus, settings: TrainSettings) -> list[Batch]:
     return [source.next() for source in sources for _ in range(source.total_batches)]
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def losses(config: ModelConfig, params: model.Params, batch: Arrays, dtype: str) -> jax.Array:
+@partial(jax.jit, static_argnames=("config", "dtype", "forward"))
+def losses(
+    config: ModelConfig, params: model.Params, batch: Arrays, dtype: str, forward: model.ForwardPass = model.forward
+) -> jax.Array:
     """The product's per-token losses."""
     cast = model.cast(params, dtype)
-    output = model.forward(config, cast, batch["ids"], positions=batch["positions"], segments=batch["segments"])
+    output = forward(config, cast, batch["ids"], positions=batch["positions"], segments=batch["segments"])
     return loss.token_losses(output.logits, batch["targets"])
 
 
-gradients: Gradients = jax.jit(train_step.mean_gradients, static_argnums=(0, 1, 2))
+gradients: Gradients = jax.jit(train_step.mean_gradients, static_argnames=("config", "settings", "dtype", "forward"))
 """The product's, compiled as its training step compiles it."""
 
 
@@ -91,3 +93,9 @@ class Training:
     losses: Losses = losses
     gradients: Gradients = gradients
     step: Step = train_step.train_step
+
+    def differentiating(self, forward: model.ForwardPass) -> "Training":
+        """The product's own functions with another forward pass; what was changed already stays as it is."""
+        own: dict[str, Any] = {"losses": losses, "gradients": gradients, "step": train_step.train_step}
+        mine = {name: function for name, function in own.items() if getattr(self, name) is function}
+        return replace(self, **{name: partial(function, forward=forward) for name, function in mine.items()})

@@ -13,7 +13,7 @@ from jaxgpt import model, taps
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.taps import Op, Wiring
-from oracle.candidate import ForwardPass, Step
+from oracle.candidate import Step
 from oracle.faults.fault import Plant
 
 Rewire = Callable[[ModelConfig, Op], Op]
@@ -31,7 +31,7 @@ def rewired_step(change: Rewire) -> Plant:
 
 
 @cache
-def _forward(change: Rewire) -> ForwardPass:
+def _forward(change: Rewire) -> model.ForwardPass:
     def forward(
         config: ModelConfig,
         params: model.Params,

@@ -13,6 +13,7 @@ from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, Leaves, OpFunction
 from jaxgpt.taps import Op, Wiring, ops
+from oracle import model_inputs
 from oracle.candidate import Candidate
 
 Tape = dict[str, Any]
@@ -43,7 +44,7 @@ def forward(candidate: Candidate, changes: Mapping[str, Change]) -> Candidate:
     inner = candidate.forward_pass
 
     def forward_pass(config: ModelConfig, params: Any, ids: Any, **given: Any) -> Any:
-        tape = {**params, **model.uncached_inputs(ids, given.get("positions"), given.get("segments"))}
+        tape = {**params, **model_inputs.of_sequences(ids, given.get("positions"), given.get("segments"))}
         given["replace"] = heard(ops(config), given.get("replace", {}), tape, changes)
         return inner(config, params, ids, **given)
 
@@ -59,7 +60,7 @@ def settled(candidate: Candidate, taps: Collection[str], rounds: int) -> Candida
     inner = candidate.forward_pass
 
     def forward_pass(config: ModelConfig, params: Any, ids: Any, **given: Any) -> Any:
-        inputs = model.uncached_inputs(ids, given.get("positions"), given.get("segments"))
+        inputs = model_inputs.of_sequences(ids, given.get("positions"), given.get("segments"))
         changes, tape, output = {}, dict[str, Any](), None
         for _ in range(rounds):
             changes = {tap: _after(tape) for tap in taps}
@@ -85,7 +86,7 @@ def cached(candidate: Candidate, changes: Mapping[str, Change]) -> Candidate:
     inner = candidate.step
 
     def step(config: ModelConfig, params: Any, ids: Any, counts: Any, cache: Any, **given: Any) -> Any:
-        tape = {**params, **model.cached_inputs(config, ids, counts, cache)}
+        tape = {**params, **model_inputs.of_step(config, ids, counts, cache)}
         given["replace"] = heard(ops(config, Wiring(cached=True)), given.get("replace", {}), tape, changes)
         return inner(config, params, ids, counts, cache, **given)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxgpt import model
 from jaxgpt.taps import INPUTS, Op, ops
+from oracle import model_inputs
 from oracle.candidate import Candidate, Unrunnable, unrunnable
 from oracle.repairs import interception
 from oracle.repairs.repair import Repair, Variant
@@ -128,7 +129,7 @@ def _same(given: Any, made: Any) -> bool:
 def _values(site: ForwardSite) -> dict[str, Any]:
     """Taps, model inputs, and model inputs as somebody may have got them wrong."""
     probe = site.forwards.probe
-    given = model.uncached_inputs(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
+    given = model_inputs.of_sequences(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
     slots, positions, same = given["slots"], given["positions"], jnp.ones_like(given["segments"])
     wrong = {
         "positions off by one (+)": positions + 1,

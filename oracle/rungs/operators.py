@@ -20,8 +20,8 @@ from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, MASKED, Leaves, OpFunction
 from jaxgpt.taps import INPUTS, Op, Wiring, ops
-from oracle import echo, noise, residual
-from oracle.candidate import Candidate, Unrunnable
+from oracle import echo, model_inputs, noise, residual
+from oracle.candidate import CalledBack, Candidate, Unrunnable
 from oracle.compare import HIDDEN, WIDE, Judge
 from oracle.comparison import Comparison
 from oracle.noise import Calibration
@@ -60,7 +60,7 @@ class Walk:
         self.candidate, self.reference, self.judge = candidate, reference, judge
         uncached = {op.tap: op for op in ops(candidate.config)}
         self.ops = tuple(uncached.get(op.tap, op) for op in ops(candidate.config, Wiring(cached=True)))
-        given = model.uncached_inputs(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
+        given = model_inputs.of_sequences(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
         self.values = {name: np.asarray(value) for name, value in given.items()}
         self.last_use = {name: op.tap for op in uncached.values() for name in op.inputs}
 
@@ -272,7 +272,7 @@ class OpSite(Site):
             answer = jax.ShapeDtypeStruct(ours.shape, dtype or jnp.float32)
             return jax.pure_callback(call, answer, *inputs).astype(ours.dtype)
 
-        return self.replaced(reference_op)
+        return self.replaced(CalledBack(reference_op))
 
 
 @dataclass(frozen=True)

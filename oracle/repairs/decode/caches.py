@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import model
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves, OpFunction
 from jaxgpt.taps import Op
+from oracle import model_inputs
 from oracle.candidate import Candidate, Unrunnable
 from oracle.repairs import interception
 from oracle.repairs.repair import Variant
@@ -64,7 +64,7 @@ def around(candidate: Candidate, before: Before, after: After) -> Candidate:
 
     def step(config: ModelConfig, params: Any, ids: Any, counts: Any, cache: KVCache, **given: Any) -> Any:
         output, new = inner(config, params, ids, counts, before(cache, ids), **given)
-        slots = model.cached_inputs(config, ids, counts, cache)["slots"]
+        slots = model_inputs.of_step(config, ids, counts, cache)["slots"]
         return output, after(new, cache, counts, output.taps, slots)
 
     return replace(candidate, step=step)

@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import model
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves, OpFunction
 from jaxgpt.taps import Op
+from oracle import model_inputs
 from oracle.repairs import interception, wiring
 from oracle.repairs.decode import caches, step_inputs, step_masks, step_ops
 from oracle.repairs.repair import Repair, Variant
@@ -89,7 +89,7 @@ def _shifted(by: int, condition: Condition) -> caches.Before:
 
 
 def _mask_is_right(site: DecodeSite, call: Call) -> bool:
-    given = model.cached_inputs(site.candidate.config, jnp.asarray(call.ids), jnp.asarray(call.counts), call.before)
+    given = model_inputs.of_step(site.candidate.config, jnp.asarray(call.ids), jnp.asarray(call.counts), call.before)
     right = np.asarray(given["key_slots"])[None, None] <= np.asarray(given["slots"])[:, :, None]
     mask, real = np.asarray(call.taps["mask"])[:, 0], np.arange(call.ids.shape[1]) < call.counts[:, None]
     return mask.shape == right.shape and bool(np.array_equal(mask[real], right[real]))

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgpt import model
 from jaxgpt.taps import Op, Wiring, ops
+from oracle import model_inputs
 from oracle.candidate import Candidate
 from oracle.repairs import wiring
 from oracle.repairs.decode import caches
@@ -23,7 +24,7 @@ BEYOND = 8
 
 def inputs(candidate: Candidate, call: Call) -> dict[str, Any]:
     """The model inputs that follow from the ids, the counts and the cache."""
-    return model.cached_inputs(candidate.config, jnp.asarray(call.ids), jnp.asarray(call.counts), call.before)
+    return model_inputs.of_step(candidate.config, jnp.asarray(call.ids), jnp.asarray(call.counts), call.before)
 
 
 def values(candidate: Candidate, call: Call) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import model
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
+from oracle import model_inputs
 from oracle.candidate import Candidate
 from oracle.repairs.decode import caches, step_inputs
 from oracle.repairs.repair import Repair, Variant
@@ -70,7 +70,7 @@ PATTERNS: tuple[tuple[str, str, Pattern], ...] = (
 
 def places(config: ModelConfig, ids: Any, counts: Any, cache: KVCache) -> Places:
     """Of one call."""
-    given, start = model.cached_inputs(config, ids, counts, cache), cache.lengths[:, None, None]
+    given, start = model_inputs.of_step(config, ids, counts, cache), cache.lengths[:, None, None]
     return Places(given["slots"][..., None], given["key_slots"], start, start + counts[:, None, None], ids.shape[1])
 
 

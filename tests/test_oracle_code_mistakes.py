@@ -1,0 +1,81 @@
+"""Mistakes in the product's own files: one line of a copy is changed, and the report says which file to mend.
+
+The catalogue plants its faults in a candidate's fields. Code that is wrong is wrong everywhere
+at once: in forwards, cached steps and training, and wherever the oracle itself might lean on it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oracle import models
+
+ROOT = Path(__file__).parents[1]
+MISTAKES = {
+    # case: file, the line's text, what it becomes, then the name and the first tap
+    "rope": (
+        "jaxgpt/ops.py",
+        "first * cos - second * sin, second * cos + first * sin",
+        "first * cos + second * sin, second * cos - first * sin",
+        "RoPE direction reversed",
+        "layers.0.attn.q_rope",
+    ),
+    "cached position": (
+        "jaxgpt/model.py",
+        "slots = cache.lengths[:, None] + offsets",
+        "slots = cache.lengths[:, None] + offsets + jnp.int32(ids.shape[1] == 1)",
+        "cache offset off by one",
+        "rope.angles",
+    ),
+    "accumulation": (
+        "jaxgpt/train_step.py",
+        "return summed / count",
+        'return summed / (jnp.maximum(batch["mask"].sum(), 1.0) * batches["ids"].shape[0])',
+        "gradient accumulation normalised per micro-batch",
+        "loss.mean",
+    ),
+    "decay": (
+        "jaxgpt/optimizer.py",
+        "mask=decayed,",
+        "mask=None,",
+        "decay applied to norms and biases",
+        "layers.0.attn_norm.weight",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write(models.MODELS["llama"], tmp_path_factory.mktemp("hf"), "float32", 5)
+
+
+def marked() -> list[object]:
+    return [
+        pytest.param(case, marks=pytest.mark.slow if case in ("rope", "cached position") else pytest.mark.exhaustive)
+        for case in MISTAKES
+    ]
+
+
+@pytest.mark.parametrize("case", marked())
+def test_a_wrong_line_is_the_one_cause_and_its_file_is_named(case: str, folder: Path, tmp_path: Path):
+    file, line, wrong, name, tap = MISTAKES[case]
+    for package in ("jaxgpt", "torchref", "oracle"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (tmp_path / file).read_text()
+    assert text.count(line) == 1
+    (tmp_path / file).write_text(text.replace(line, wrong))
+
+    def run(*words: object) -> int:
+        command = [sys.executable, "-m", *map(str, words)]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}).returncode
+
+    assert run("jaxgpt", "import", folder, "checkpoint") == 0
+    assert run("oracle", "bisect", "checkpoint", "--reference", folder, "--json", "report.json") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = [(cause["name"], cause["tap"], cause["proved"], file in cause["advice"]) for cause in report["causes"]]
+    assert found == [(name, tap, True, True)]
