@@ -25,8 +25,7 @@ MOST_CAUSES = 8
 """A model with more faults than that is not repaired one by one."""
 INHERITED = (forward.NAME, decode.NAME)
 """Rungs in which a difference spreads to what is computed from it."""
-GRADIENTS = (gradients.NAME, optimizer.NAME)
-TRAINING = (loss.NAME, *GRADIENTS)
+TRAINING = (loss.NAME, gradients.NAME, optimizer.NAME)
 FALLS = 0.5
 """A repair takes away at least half of the error: a limit that was barely exceeded proves nothing."""
 
@@ -51,7 +50,11 @@ def bisect(
         progress(f"diagnosis of {rung.name}")
         if causes and (trained := _trained_as_run(comparison, rung)) is not None:
             comparison, causes = replace(comparison, candidate=trained), _shown_in(causes, rung)
-            rungs = [name for name in rungs if not (trained.has_no_gradient and name in GRADIENTS)]
+            now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
+            continue
+        if rung.name in TRAINING and comparison.candidate.has_no_gradient:
+            # It runs the product's own op, of which no more is known: what else it may have is not to be seen.
+            causes, rungs = _shown_in(causes, rung), [name for name in rungs if name not in TRAINING]
             now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
             continue
         place, first = finer.look(comparison, rung, progress) or (comparison, rung)
@@ -92,7 +95,7 @@ def _trained_as_run(comparison: Comparison, rung: RungResult) -> Candidate | Non
     Training runs the product's own ops: a mistake in the product's code was so far undone in the forward pass alone.
     """
     candidate, first = comparison.candidate, rung.first
-    if rung.name not in TRAINING or not candidate.replace or first is None:
+    if rung.name not in TRAINING or not candidate.replace or candidate.has_no_gradient or first is None:
         return None
     trained = candidate.trained_as_run()
     if trained.training == candidate.training:

@@ -49,7 +49,11 @@ def entries(named: dict[str, Pattern]) -> Maker:
 
 def _turned(pattern: Pattern) -> Callable[..., Any]:
     def output(y: Any, slots: Any, key_slots: Any, segments: Any, key_segments: Any) -> Any:
-        ago, same = _times(slots, key_slots), segments[:, None, :, None] == key_segments[:, None, None]
+        ago = _times(slots, key_slots)
+        # A cached forward has one document a row and no segments.
+        same = (
+            jnp.full(ago.shape, True) if segments is None else segments[:, None, :, None] == key_segments[:, None, None]
+        )
         return y ^ ((ago >= 0) & same) ^ pattern(ago, same)
 
     return output

@@ -33,9 +33,19 @@ def _documents(stream: Sequence[int], corpus: Corpus) -> tuple[Ids, ...]:
 
 def moved(corpus: Corpus, by: int) -> Corpus:
     """Every token gives its place to the one `by` places behind it; lengths and flags stay."""
+    return episodes_moved(documents_moved(corpus, by), by)
+
+
+def documents_moved(corpus: Corpus, by: int) -> Corpus:
+    """The same of the documents alone."""
     stream = [token for document in corpus.documents for token in document]
-    documents = _documents(np.roll(stream, -by).tolist(), corpus)
-    return Corpus(documents, tuple((tuple(np.roll(ids, -by).tolist()), flags) for ids, flags in corpus.episodes))
+    return Corpus(_documents(np.roll(stream, -by).tolist(), corpus), corpus.episodes)
+
+
+def episodes_moved(corpus: Corpus, by: int) -> Corpus:
+    """The same of the episodes alone."""
+    episodes = tuple((tuple(np.roll(ids, -by).tolist()), flags) for ids, flags in corpus.episodes)
+    return Corpus(corpus.documents, episodes)
 
 
 def flags_as_tokens(corpus: Corpus) -> Corpus:
@@ -149,9 +159,14 @@ def _shifted_targets(by: int) -> Callable[[Site], Iterator[Variant]]:
         ),
     }
 
+    parts: dict[str, Callable[[Corpus, int], Corpus]] = {"documents": documents_moved, "episodes": episodes_moved}
+
     def variants(site: Site) -> Iterator[Variant]:
         for change, of in ways.items():
             yield from _repacked(change, "targets", of, lambda corpus: moved(corpus, by))(site)
+        for part, some in parts.items():
+            change, of = f"{corpus}, its {part} alone", ways[corpus]
+            yield from _repacked(change, "targets", of, lambda corpus, some=some: some(corpus, by))(site)
 
     return variants
 
