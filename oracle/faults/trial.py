@@ -24,7 +24,7 @@ from oracle.faults.mutants import CONFIGS, SEED, WITH_TEXT, Key, Mutant, config_
 from oracle.faults.tables.text import is_bpe
 from oracle.noise import Calibration
 from oracle.reference import Reference
-from oracle.results import UNKNOWN, Cause, Report
+from oracle.results import CONFIG_FIELD, UNKNOWN, Cause, Report
 from oracle.rungs import optimizer
 from oracle.text import Text
 
@@ -149,11 +149,23 @@ def judged(mutant: Mutant, report: Report) -> Record:
         "found": list(found) if found else None,
         "detected": report.verdict == "fail",
         # Of two faults either may be found first.
-        "exact": found in mutant.expected,
-        "within_one": found is not None and distance(mutant, found) <= 1,
+        "exact": found in mutant.expected or _is_planted_field(mutant, found),
+        "within_one": found is not None and (distance(mutant, found) <= 1 or _is_planted_field(mutant, found)),
         "causes": [_cause(cause) for cause in report.causes],
     }
     return named(_header(mutant) | said)
+
+
+def _is_planted_field(mutant: Mutant, found: tuple[str, str] | None) -> bool:
+    """A config field that the fault itself changed: that is where it begins, whatever op computes with it."""
+    if found is None or not found[1].startswith(CONFIG_FIELD):
+        return False
+    true = subject(mutant.model, mutant.dtype).candidate
+    planted = true
+    for fault in mutant.faults:
+        planted = fault.plant(planted)
+    field = found[1].removeprefix(CONFIG_FIELD)
+    return getattr(planted.config, field) != getattr(true.config, field)
 
 
 def _cause(cause: Cause) -> Record:

@@ -14,7 +14,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, Leaves, OpFunction
 from jaxgpt.taps import Op, Wiring, ops
 from oracle import model_inputs
-from oracle.candidate import Candidate
+from oracle.candidate import Candidate, Unrunnable
 
 Tape = dict[str, Any]
 """Model inputs as they ought to be, parameters under their names, and every tap so far."""
@@ -94,7 +94,14 @@ def cached(candidate: Candidate, changes: Mapping[str, Change]) -> Candidate:
 
 
 def as_wired(function: OpFunction, op: Op, tape: Tape, config: ModelConfig, p: Leaves, inputs: Sequence[Any]) -> Any:
-    """From what the table says the op reads."""
+    """From what the table says the op reads.
+
+    Raises:
+        Unrunnable: the pass has not computed it yet.
+    """
+    late = next((name for name in op.inputs if name not in tape), None)
+    if late is not None:
+        raise Unrunnable(f"{op.tap} is computed before {late}")
     own = model.leaves(tape, op.parameters) if op.parameters else p
     return function(config, own, *(tape[name] for name in op.inputs))
 
