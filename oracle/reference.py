@@ -112,9 +112,9 @@ class Reference:
         """Streams of the peer and of its echoes: draws of what rounding costs."""
         return [self.peer.stream(probe), *(self.peer.stream(probe, echo(number)) for number in numbers)]
 
-    def logit_draws(self, ids: np.ndarray) -> list[np.ndarray]:
+    def logit_draws(self, ids: np.ndarray, numbers: Iterable[int] = range(ECHOES)) -> list[np.ndarray]:
         """(B, T, V) logits of the peer and of its echoes."""
-        return [self.peer.logits(ids), *(self.peer.logits(ids, echo(number)) for number in range(ECHOES))]
+        return [self.peer.logits(ids), *(self.peer.logits(ids, echo(number)) for number in numbers)]
 
     @property
     def in_training_mode(self) -> bool:

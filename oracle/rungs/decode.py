@@ -10,7 +10,7 @@ candidate chose.
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxgpt.taps import Op, Wiring, ops
 from oracle import noise
 from oracle.candidate import Candidate, Unrunnable, right_padded
 from oracle.compare import Judge, Window
-from oracle.echo import ECHOES, echo, silent
+from oracle.echo import ALL, ECHOES, HOPELESS, echo, silent
 from oracle.probe import DecodeProbe, Forced
 from oracle.reference import Model, Reference, to_numpy
 from oracle.results import Finding, RungResult, Token
@@ -139,7 +139,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class _Choices:
+class Choices:
     """What became of one prompt's greedy tokens."""
 
     tokens: Sequence[Token]
@@ -156,7 +156,7 @@ def _greedy(
     except Unrunnable as error:
         return [Finding("logits", "greedy", ok=False, where="greedy", problem=str(error))], [], "no greedy tokens", {}
     choices = [
-        _judged(candidate, reference, judge, row, list(prompt), new)
+        judged(candidate, reference, judge, row, list(prompt), new)
         for row, (prompt, new) in enumerate(zip(probe.prompts, generated, strict=True))
     ]
     findings = [
@@ -184,33 +184,38 @@ def _closest(tokens: list[Token]) -> list[Token]:
     return sorted(hardest, key=lambda token: (token.prompt, token.step))
 
 
-def _judged(
+def judged(
     candidate: Candidate, reference: Reference, judge: Judge, row: int, prompt: list[int], new: list[int]
-) -> _Choices:
-    """Truth's logits, given what the candidate wrote so far, judge each of its choices."""
+) -> Choices:
+    """Truth's logits, given what the candidate wrote so far, judge each of its choices.
+
+    The noise is drawn again where it may decide: attention that is nearly tied may turn over at one position of one
+    draw in several.
+    """
     ids = np.array([[*prompt, *new[:-1]]])
     last = slice(len(prompt) - 1, None)
     truth = reference.truth.logits(ids)[0, last]
-    draws = [draw[0, last] for draw in reference.logit_draws(ids)]
     real = truth[:, : candidate.real_ids]
     second, best = np.partition(real, -2, axis=-1)[:, -2:].T
     deficits = best - real[np.arange(len(new)), new]
-    # Either logit of a pair may be off by the noise limit.
-    limit = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1]
-    tolerance = limit * _rounding(truth, draws, noise.EPSILON[judge.dtype])
     expected = real.argmax(-1)
-    tokens = [
-        Token(
-            row,
-            step,
-            id,
-            int(expected[step]),
-            *map(float, (best[step] - second[step], deficits[step], tolerance[step])),
-        )
-        for step, id in enumerate(new)
-    ]
+
+    def weighed(numbers: Iterable[int]) -> list[Token]:
+        draws = [draw[0, last] for draw in reference.logit_draws(ids, numbers)]
+        # Either logit of a pair may be off by the noise limit.
+        limit = 2 * judge.calibration.threshold(NAME, judge.dtype, "head")[1]
+        tolerance = limit * _rounding(truth, draws, noise.EPSILON[judge.dtype])
+        sizes = zip(best - second, deficits, tolerance, strict=True)
+        return [
+            Token(row, step, id, int(expected[step]), *map(float, size))
+            for step, (id, size) in enumerate(zip(new, sizes, strict=True))
+        ]
+
+    tokens = weighed(range(ECHOES))
+    if any(token.noise < token.deficit < HOPELESS * token.noise for token in tokens):
+        tokens = weighed(ALL)
     padded = int((truth.argmax(-1) >= real.shape[-1]).sum())
-    return _Choices(tokens, next((_wrong(token) for token in tokens if token.outcome == "wrong"), ""), padded)
+    return Choices(tokens, next((_wrong(token) for token in tokens if token.outcome == "wrong"), ""), padded)
 
 
 def _rounding(truth: np.ndarray, draws: Sequence[np.ndarray], epsilon: float) -> np.ndarray:
