@@ -38,7 +38,7 @@ def masked_sum(
     """Sum of the masked token losses of one batch (arrays B T); divide by the mask's sum yourself.
 
     A mean here would weigh micro-batches of unequal masks alike: the accumulation
-    bug of transformers #34191.
+    bug of transformers #34191. `forward` is the pass whose logits are taken.
     """
     output = forward(
         config,

@@ -54,7 +54,8 @@ def bisect(
             continue
         if rung.name in TRAINING and comparison.candidate.has_no_gradient:
             # It runs the product's own op, of which no more is known: what else it may have is not to be seen.
-            causes, rungs = _shown_in(causes, rung), [name for name in rungs if name not in TRAINING]
+            causes = _shown_in(causes, rung, "by this or by another cause")
+            rungs = [name for name in rungs if name not in TRAINING]
             now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
             continue
         place, first = finer.look(comparison, rung, progress) or (comparison, rung)
@@ -101,14 +102,17 @@ def _trained_as_run(comparison: Comparison, rung: RungResult) -> Candidate | Non
     if trained.training == candidate.training:
         return None
     after = ladder.site(comparison, rung.name, first).measure(trained)
-    return trained if _falls(first, after) else None
+    # Another mistake of training may remain behind; one in words, such as a wrong batch, is no smaller or larger.
+    nearer = not first.problem and not after.problem and after.error <= FALLS * first.error
+    return trained if after.ok or nearer else None
 
 
-def _shown_in(causes: Sequence[Cause], rung: RungResult) -> list[Cause]:
+def _shown_in(causes: Sequence[Cause], rung: RungResult, doubt: str = "") -> list[Cause]:
     """The causes, the last of which is seen in this rung as well."""
     assert rung.first is not None
     *others, last = causes
-    return [*others, replace(last, also_at=[*last.also_at, f"{rung.first.tap} (rung {rung.name})"])]
+    place = f"{rung.first.tap} ({', '.join(filter(None, (f'rung {rung.name}', doubt)))})"
+    return [*others, replace(last, also_at=[*last.also_at, place])]
 
 
 def _still_broken(cause: Cause, report: Report) -> bool:
@@ -209,11 +213,8 @@ def _tried(repair: Repair, site: Site) -> Iterator[_Attempt]:
 
 
 def _undoes(attempt: _Attempt, before: Finding) -> bool:
-    return attempt.after.ok and _falls(before, attempt.after)
-
-
-def _falls(before: Finding, after: Finding) -> bool:
-    return bool(before.problem) or after.error <= FALLS * before.error
+    after = attempt.after
+    return after.ok and (bool(before.problem) or after.error <= FALLS * before.error)
 
 
 def _unknown(

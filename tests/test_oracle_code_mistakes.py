@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from oracle import models
+from oracle import diagnosis, models
+from oracle.faults import mutants
+from oracle.faults.trial import compared
+from oracle.ladder import LADDER
+from oracle.noise import stored_calibration
 
 ROOT = Path(__file__).parents[1]
 MISTAKES = {
@@ -121,3 +125,17 @@ def test_a_wrong_line_is_the_one_cause_and_its_file_is_named(case: str, folder: 
     report = json.loads((tmp_path / "report.json").read_text())
     found = [(cause["name"], cause["tap"], cause["proved"], file in cause["advice"]) for cause in report["causes"]]
     assert found == [(name, tap, True, True)]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_batch_is_not_blamed_on_the_op_that_was_repaired():
+    faults = [
+        next(m.faults[0] for m in mutants.catalogue() if m.faults[0].id == id)
+        for id in ("attention scale missing", "loss mask off by one")
+    ]
+    mutant = mutants.of(("pairs", tuple(fault.id for fault in faults), "llama", "float32"))
+    comparison = compared(mutant, stored_calibration())
+    rungs = [name for name in LADDER if name in ("operators", "loss")]
+    report = diagnosis.bisect(comparison, rungs=rungs)
+    assert [cause.name for cause in report.causes] == ["attention scale missing", "loss mask off by one"]
+    assert not any("batch" in place for place in report.causes[0].also_at)
