@@ -98,6 +98,11 @@ class Candidate:
         """An op or the decode step is not the model's own."""
         return bool(self.replace) or self.step is not model.forward_cached
 
+    @property
+    def runs_otherwise(self) -> bool:
+        """A forward of whole sequences is not the model's own."""
+        return bool(self.replace) or self.forward_pass is not model.forward
+
     def function(self, op: Op) -> OpFunction:
         """What computes an op here."""
         return self.replace.get(op.tap) or self.replace.get(op.function) or FUNCTIONS[op.function]

@@ -96,7 +96,7 @@ def _trained_as_run(comparison: Comparison, rung: RungResult) -> Candidate | Non
     Training runs the product's own ops: a mistake in the product's code was so far undone in the forward pass alone.
     """
     candidate, first = comparison.candidate, rung.first
-    if rung.name not in TRAINING or not candidate.replace or candidate.has_no_gradient or first is None:
+    if rung.name not in TRAINING or not candidate.runs_otherwise or candidate.has_no_gradient or first is None:
         return None
     trained = candidate.trained_as_run()
     if trained.training == candidate.training:

@@ -241,8 +241,17 @@ def _on_grid(norm: float) -> float:
 def course_of(comparison: Comparison) -> Course:
     """The reference's steps that belong to `part(comparison)`."""
     asked = part(comparison)
-    ids = asked.candidate.config.vocab_size if training_probe.is_large(comparison.candidate.config) else 0
-    return course(comparison.reference, ids, asked.corpus, asked.settings)
+    return course(comparison.reference, _ids_of_part(comparison), asked.corpus, asked.settings)
+
+
+def part_of_truth(comparison: Comparison) -> Decoder:
+    """The reference's model in float64 that belongs to `part(comparison)`."""
+    return _model(comparison.reference.truth.decoder, _ids_of_part(comparison))
+
+
+def _ids_of_part(comparison: Comparison) -> int:
+    config = comparison.candidate.config
+    return training_probe.part_of(config).vocab_size if training_probe.is_large(config) else 0
 
 
 def _model(decoder: Decoder, ids: int) -> Decoder:

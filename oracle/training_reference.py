@@ -6,7 +6,7 @@ they belong to; the candidate's name table has no part in it.
 
 import copy
 import dataclasses
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,12 @@ def as_product(batch: training.Batch) -> Batch:
     return wide
 
 
+def received(arrays: Mapping[str, Any]) -> training.Batch:
+    """A batch of arrays, each (B, T), as the reference takes it."""
+    tensors: Any = {name: torch.from_numpy(np.asarray(array).astype(np.int64)) for name, array in arrays.items()}
+    return training.Batch(**tensors)
+
+
 def recipe(settings: TrainSettings) -> training.Recipe:
     """The settings as the reference takes them."""
     names = {field.name for field in dataclasses.fields(training.Recipe)} - {"epsilon"}
@@ -62,6 +68,24 @@ def gradients(decoder: Decoder, batches: Sequence[training.Batch]) -> tuple[floa
     """Mean loss a trained token, and its gradient."""
     loss, found = training.gradients(decoder, batches)
     return loss, named(found)
+
+
+def gradients_of(decoder: Decoder) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """The reference in place of `jaxgpt.train_step.mean_gradients`, in the dtype of the model."""
+    own = copy.deepcopy(decoder)
+    # Views: what is written there the model computes with.
+    places = named(dict(own.named_parameters()))
+
+    def found(
+        _config: Any, _settings: Any, _dtype: Any, state: Any, batches: Mapping[str, Any]
+    ) -> tuple[float, Arrays]:
+        for name, place in places.items():
+            place[...] = np.asarray(state.params[name])
+        stacked = {name: np.asarray(array) for name, array in batches.items()}
+        count = len(stacked["ids"])
+        return gradients(own, [received({n: array[i] for n, array in stacked.items()}) for i in range(count)])
+
+    return found
 
 
 def trainer(decoder: Decoder, settings: TrainSettings, dtype: torch.dtype) -> training.Trainer:

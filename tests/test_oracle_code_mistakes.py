@@ -92,6 +92,34 @@ MISTAKES = {
         "decay applied to norms and biases",
         "layers.0.attn_norm.weight",
     ),
+    "groups": (
+        "jaxgpt/ops.py",
+        "grouped = q.reshape(batch, k.shape[1], -1, time, width)",
+        "grouped = q.reshape(batch, -1, k.shape[1], time, width).swapaxes(1, 2)",
+        "query heads grouped in another order",
+        "layers.0.attn.scores",
+    ),
+    "mask of the loss": (
+        "jaxgpt/loss.py",
+        'return jnp.sum(losses * batch["mask"])',
+        'return jnp.sum(token_losses(output.logits, batch["targets"]))',
+        "untrained places counted in the loss",
+        "loss.mean",
+    ),
+    "row of a projection": (
+        "jaxgpt/taps.py",
+        'yield Op(f"{mlp}.gate", "projection", (f"{at}.mlp_norm",)',
+        'yield Op(f"{mlp}.gate", "projection", (stream,)',
+        "norm bypassed",
+        "layers.0.mlp.gate",
+    ),
+    "row of a residual": (
+        "jaxgpt/taps.py",
+        'yield from residual_ops(f"{at}.mlp_residual", stream,',
+        'yield from residual_ops(f"{at}.mlp_residual", f"{at}.mlp_norm",',
+        "residual added to the normed stream",
+        "layers.0.mlp_residual",
+    ),
 }
 
 

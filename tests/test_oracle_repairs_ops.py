@@ -121,6 +121,16 @@ def tiled(function: Function) -> Function:
     return lambda c, p, x, kv: function(c, p, x, jnp.tile(kv, (1, x.shape[1] // kv.shape[1], 1, 1)))
 
 
+def regrouped(function: Function) -> Function:
+    """Query head k·G + g is computed from head g·K + k, G of K kv heads each."""
+
+    def wrong(c: Any, p: Any, x: Any, kv: Any) -> Any:
+        order = jnp.arange(x.shape[1]).reshape(-1, kv.shape[1]).T.ravel()
+        return function(c, p, x[:, order], kv)
+
+    return wrong
+
+
 def activation(function: Function) -> Function:
     return lambda c, p, x, *up: (function(wide(x)) * (up[0] if up else 1)).astype(x.dtype)
 
@@ -263,6 +273,8 @@ SLOW: tuple[Fault, ...] = (
     ),
     ("llama", Q, narrow(true.rope, jnp.bfloat16), "computed in bfloat16"),
     ("llama", "layers.0.attn.context", tiled(true.context), "kv heads tiled instead of repeated"),
+    ("llama", "layers.1.attn.scores", regrouped(true.scores), "query heads grouped in another order"),
+    ("llama", "layers.0.attn.context", regrouped(true.context), "query heads grouped in another order"),
     (
         "llama",
         "layers.0.attn.context",

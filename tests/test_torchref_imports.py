@@ -31,3 +31,18 @@ def test_importing_torchref_loads_neither_jax_nor_jaxgpt_nor_transformers() -> N
     code = "import sys, torchref; print([m for m in ('jax', 'jaxgpt', 'transformers', 'flax') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_training_the_reference_does_not_load_the_compiler_of_torch() -> None:
+    """It takes seconds, and nothing of it is used."""
+    code = """if True:
+        import sys, torchref
+        from torchref import training
+        config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8}
+        model = torchref.build(config)
+        trainer = training.Trainer(model, training.Recipe(2, 0.1, "constant", 0, 0.0, 0.0, 0.1, 0.9, 0.9, 1.0))
+        trainer.step(training.batches(training.packed([([1, 2, 3], [1, 1, 1])], 4), 4, 1))
+        print(trainer.steps, "torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1 False"

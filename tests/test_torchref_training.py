@@ -1,5 +1,6 @@
 """The reference's training against what is known without it: transformers' loss, AdamW written out, schedules."""
 
+import copy
 import itertools
 import math
 import re
@@ -147,6 +148,27 @@ RECIPE = training.Recipe(
     beta2=0.9,
     clip_norm=0.5,
 )
+
+
+def test_the_trainer_steps_as_torch_does_bit_for_bit(pair):
+    _, ours, _ = pair
+    theirs = copy.deepcopy(ours)
+    matrices, vectors = ([p for p in theirs.parameters() if (p.dim() > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": RECIPE.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    stock = torch.optim.AdamW(groups, betas=(RECIPE.beta1, RECIPE.beta2), eps=RECIPE.epsilon)
+    trainer = training.Trainer(copy.deepcopy(ours), RECIPE)
+    micro_batches = training.batches(training.packed(episodes(), 14), 14, 1)
+    for step in range(4):
+        _, found = training.gradients(theirs, micro_batches)
+        limited = training.clipped(found, training.global_norm(found), RECIPE.clip_norm)
+        for name, parameter in theirs.named_parameters():
+            parameter.grad = limited[name]
+        for group in stock.param_groups:
+            group["lr"] = training.learning_rate(RECIPE, step)
+        stock.step()
+        trainer.step(micro_batches)
+        for (name, parameter), stepped in zip(theirs.named_parameters(), trainer.model.parameters(), strict=True):
+            assert torch.equal(parameter, stepped), (step, name)
 
 
 def test_the_trainer_is_adamw_written_out(pair):

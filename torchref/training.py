@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from torchref.decoder import Decoder
 from torchref.ops import wide
@@ -251,41 +252,48 @@ class Report:
 class Trainer:
     """Optimizes a model in place with AdamW (Loshchilov & Hutter 2019); matrices decay, norms and biases do not.
 
-    `torch.optim.AdamW` multiplies the decay with the learning rate, as optax does and
+    `torch.optim.adamw` multiplies the decay with the learning rate, as optax does and
     the paper does not; both add epsilon outside the root of the bias-corrected moment
-    (Kingma & Ba 2015, algorithm 1).
+    (Kingma & Ba 2015, algorithm 1). The function rather than the class `AdamW`, which
+    computes the same but loads PyTorch's compiler at its first use, for seconds.
     """
 
     def __init__(self, model: Decoder, recipe: Recipe):
-        self.model, self.recipe = model, recipe
-        parameters = list(model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        betas = (recipe.beta1, recipe.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.epsilon)
-        self.steps = 0
+        self.model, self.recipe, self.steps = model, recipe, 0
+        self.first_moments = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        self.second_moments = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def step(self, micro_batches: Sequence[Batch]) -> Report:
         """One update from all micro-batches."""
         loss, unclipped = gradients(self.model, micro_batches)
         norm = global_norm(unclipped)
-        limited = clipped(unclipped, norm, self.recipe.clip_norm)
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = limited[name]
         rate = learning_rate(self.recipe, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._update(clipped(unclipped, norm, self.recipe.clip_norm), rate)
         self.steps += 1
         return Report(loss, norm, rate)
+
+    @torch.no_grad()
+    def _update(self, gradients: Gradients, rate: float) -> None:
+        for name, parameter in self.model.named_parameters():
+            adamw(
+                [parameter],
+                [gradients[name]],
+                [self.first_moments[name]],
+                [self.second_moments[name]],
+                [],
+                [torch.tensor(float(self.steps))],
+                amsgrad=False,
+                beta1=self.recipe.beta1,
+                beta2=self.recipe.beta2,
+                lr=rate,
+                weight_decay=self.recipe.weight_decay if parameter.dim() > 1 else 0.0,
+                eps=self.recipe.epsilon,
+                maximize=False,
+            )
 
     def divisors(self) -> dict[str, Tensor]:
         """What the last step divided each parameter's first moment by: √v̂ + ε."""
         correction = 1 - self.recipe.beta2**self.steps
         return {
-            name: (self.optimizer.state[parameter]["exp_avg_sq"] / correction).sqrt() + self.recipe.epsilon
-            for name, parameter in self.model.named_parameters()
+            name: (moment / correction).sqrt() + self.recipe.epsilon for name, moment in self.second_moments.items()
         }

@@ -3,127 +3,26 @@
 Each op is right on the reference's inputs, so a tap that differs first in a free
 forward was computed from something else. What that was is searched among the
 candidate's own earlier taps, model inputs and parameters; then the op, in the pass,
-is given what the table says it reads.
+is given what the table says it reads. Where that is what it read, the table itself may
+be wrong (`table_rows`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxgpt import model
-from jaxgpt.taps import INPUTS, Op, ops
+from jaxgpt.taps import ops
 from oracle import model_inputs
-from oracle.candidate import Candidate, Unrunnable, unrunnable
-from oracle.repairs import interception
+from oracle.candidate import Candidate, Unrunnable
+from oracle.repairs import interception, readings, table_rows
+from oracle.repairs.readings import Reading
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import forward
 from oracle.rungs.forward import ForwardSite
 from oracle.site import Site
 
-NEAR = 16
-"""Earlier taps of a fitting shape that are tried for both inputs of a sum."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What an op was computed from."""
-
-    op: Op
-    inputs: tuple[str, ...]
-    """Taps, model inputs, or descriptions of changed model inputs."""
-    parameters: str
-
-    def __str__(self) -> str:
-        changed = [
-            f"{wanted} instead of {read}"
-            for wanted, read in zip(self.op.inputs, self.inputs, strict=True)
-            if wanted != read
-        ]
-        if self.parameters != self.op.parameters:
-            changed.append(f"the parameters of {self.op.parameters} instead of {self.parameters}")
-        return f"with {self.op.tap} computed from {' and '.join(changed)}"
-
-
 # -- The search ------------------------------------------------------------------------
-
-
-def reading(candidate: Candidate, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> Reading | None:
-    """The only thing that gives what the pass gave; None if nothing does, or what ought to."""
-    if gives(candidate, as_it_should(op), values):
-        return None
-    return next((a for a in _attempts(candidate, op, table, values) if gives(candidate, a, values)), None)
-
-
-def as_it_should(op: Op) -> Reading:
-    """What the table says."""
-    return Reading(op, op.inputs, op.parameters)
-
-
-def gives(candidate: Candidate, attempt: Reading, values: Mapping[str, Any]) -> bool:
-    """The op, reading that, gives what the pass gave."""
-    try:
-        with unrunnable("op"):
-            return _same(_run(candidate, attempt, values), values[attempt.op.tap])
-    except Unrunnable:
-        return False
-
-
-def _attempts(candidate: Candidate, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> Iterator[Reading]:
-    for kind in dict.fromkeys(key.partition(" ")[2] for key in values if " " in key):
-        names = [f"{name} {kind}" if f"{name} {kind}" in values else name for name in op.inputs]
-        yield Reading(op, tuple(names), op.parameters)
-    choices = [_like(name, op, table, values) for name in op.inputs]
-    for slot, names in enumerate(choices):
-        for name in names:
-            yield Reading(op, (*op.inputs[:slot], name, *op.inputs[slot + 1 :]), op.parameters)
-    for module in _modules(candidate, op):
-        yield Reading(op, op.inputs, module)
-    if len(op.inputs) == 2:
-        for pair in product(*(names[:NEAR] for names in choices)):
-            yield Reading(op, pair, op.parameters)
-
-
-def _like(name: str, op: Op, table: Sequence[Op], values: Mapping[str, Any]) -> list[str]:
-    """Taps that the op could have been given in place of one: earlier ones, the latest first, then later streams."""
-    if name in INPUTS or name.startswith("cache."):
-        return []
-    here = table.index(op)
-    before = [other.tap for other in reversed(table[:here]) if other.tap != name]
-    after = [other.tap for other in table[here + 1 :] if other.tap in values and other.function == "add"]
-    shape, dtype = values[name].shape, values[name].dtype
-    return [tap for tap in (*before, *after) if (values[tap].shape, values[tap].dtype) == (shape, dtype)]
-
-
-def _modules(candidate: Candidate, op: Op) -> list[str]:
-    if not op.parameters:
-        return []
-    shapes = _shapes(candidate, op.parameters)
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in candidate.params)
-    return [module for module in modules if module != op.parameters and _shapes(candidate, module) == shapes]
-
-
-def _shapes(candidate: Candidate, module: str) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in model.leaves(candidate.params, module).items()}
-
-
-def _run(candidate: Candidate, attempt: Reading, values: Mapping[str, Any]) -> Any:
-    p = model.leaves(candidate.params, attempt.parameters) if attempt.parameters else {}
-    inputs = [values[name] for name in attempt.inputs]
-    return candidate.function(attempt.op)(candidate.config, p, *inputs)
-
-
-def _same(given: Any, made: Any) -> bool:
-    if given.shape != made.shape or given.dtype != made.dtype:
-        return False
-    if not jnp.issubdtype(made.dtype, jnp.floating):
-        return bool((given == made).all())
-    a, b = given.astype(jnp.float32), made.astype(jnp.float32)
-    size = float(jnp.linalg.norm(b.ravel()))
-    # The pass may round otherwise than the op alone: it is compiled as a whole.
-    return float(jnp.linalg.norm((a - b).ravel())) <= 8 * float(jnp.finfo(made.dtype).eps) * size
 
 
 def _values(site: ForwardSite) -> dict[str, Any]:
@@ -150,14 +49,14 @@ def found(site: ForwardSite) -> Reading | None:
         values = _values(site)
     except Unrunnable:
         return None
-    return reading(site.candidate, site.op, ops(site.candidate.config), values)
+    return readings.of_candidate(site.candidate, ops(site.candidate.config), values).reading(site.op)
 
 
 def all_found(site: ForwardSite) -> list[Reading]:
     """The same of every op, as far as it is found."""
-    values, table = _values(site), ops(site.candidate.config)
-    readings = (reading(site.candidate, op, table, values) for op in table)
-    return [reading for reading in readings if reading is not None]
+    table = ops(site.candidate.config)
+    made = readings.of_candidate(site.candidate, table, _values(site))
+    return [reading for reading in map(made.reading, table) if reading is not None]
 
 
 # -- What it is called -----------------------------------------------------------------
@@ -238,10 +137,12 @@ def cause(reading: Reading) -> str:
 def _rewired(named: str) -> Callable[[Site], Iterator[Variant]]:
     def variants(site: Site) -> Iterator[Variant]:
         if isinstance(site, ForwardSite):
-            reading = site.once(found)
+            reading, row = site.once(found), site.once(table_rows.wrong_row)
             if reading is not None and cause(reading) == named:
                 repaired = _resequenced(site) if _reads_later(site, reading) else _as_wired(site, [site.op.tap])
                 yield Variant(str(reading), repaired)
+            elif row is not None and cause(row) == named:
+                yield Variant(str(row), table_rows.corrected(site, row), table_rows.advice(row))
 
     return variants
 
@@ -261,8 +162,8 @@ def _resequenced(site: ForwardSite) -> Candidate:
     def moved(wanted: str, read: str) -> bool:
         return wanted == read or _stream(wanted) or wanted.endswith("_norm")
 
-    readings = site.once(all_found)
-    taps = [each.op.tap for each in readings if all(map(moved, each.op.inputs, each.inputs))]
+    all_of_them = site.once(all_found)
+    taps = [each.op.tap for each in all_of_them if all(map(moved, each.op.inputs, each.inputs))]
     return interception.settled(site.candidate, taps, 2 * site.candidate.config.num_hidden_layers + 1)
 
 
@@ -270,22 +171,24 @@ def _exchanged_layers(site: Site) -> Iterator[Variant]:
     """Layers that run under each other's names: all that an op of one has are the parameters of another."""
     if not isinstance(site, ForwardSite) or not (own := site.once(found)) or own.parameters == own.op.parameters:
         return
-    readings = site.once(all_found)
-    used = {_layer(reading.op.parameters): _layer(reading.parameters) for reading in readings}
+    found_everywhere = site.once(all_found)
+    used = {_layer(reading.op.parameters): _layer(reading.parameters) for reading in found_everywhere}
     alike = all(
         reading.op.inputs == reading.inputs
         and reading.parameters == reading.op.parameters.replace(f".{here}.", f".{used[here]}.", 1)
-        for reading in readings
+        for reading in found_everywhere
         for here in [_layer(reading.op.parameters)]
     )
     table = [op for op in ops(site.candidate.config) if op.parameters and _layer(op.tap) in used]
-    if alike and -1 not in used and sorted(used) == sorted(used.values()) and len(readings) == len(table):
+    if alike and -1 not in used and sorted(used) == sorted(used.values()) and len(found_everywhere) == len(table):
         exchanged = ", ".join(f"layer {here}'s instead of layer {read}'s" for here, read in used.items())
-        yield Variant(f"with parameters of {exchanged}", _as_wired(site, [reading.op.tap for reading in readings]))
+        yield Variant(
+            f"with parameters of {exchanged}", _as_wired(site, [reading.op.tap for reading in found_everywhere])
+        )
 
 
 def _another_op(site: Site) -> Iterator[Variant]:
-    if isinstance(site, ForwardSite) and site.once(found) is None:
+    if isinstance(site, ForwardSite) and site.once(found) is None and site.once(table_rows.wrong_row) is None:
         changes = {site.op.tap: interception.untouched}
         yield Variant("with the op that was measured alone", interception.forward(site.candidate, changes))
 

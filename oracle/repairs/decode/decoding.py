@@ -18,6 +18,7 @@ from jaxgpt.taps import Op
 from oracle import model_inputs
 from oracle.repairs import interception, wiring
 from oracle.repairs.decode import caches, step_inputs, step_masks, step_ops
+from oracle.repairs.readings import Reading
 from oracle.repairs.repair import Repair, Variant
 from oracle.rungs import decode
 from oracle.rungs.decode_site import Call, DecodeSite
@@ -122,7 +123,7 @@ READS = {
 """What only a cached step may read."""
 
 
-def _called(reading: wiring.Reading) -> str:
+def _called(reading: Reading) -> str:
     for wanted, read in zip(reading.op.inputs, reading.inputs, strict=True):
         named = next((name for start, name in READS.items() if read.startswith(start)), "")
         if named:
@@ -134,7 +135,7 @@ def _called(reading: wiring.Reading) -> str:
     return SLOTS if name == "causal mask off by one" else name
 
 
-def _given_back(reading: wiring.Reading) -> Mapping[str, interception.Change]:
+def _given_back(reading: Reading) -> Mapping[str, interception.Change]:
     """What one op should read, or the slots that mask and stores should read."""
     if reading.op.tap == "mask":
         return dict.fromkeys(("attention_mask", "store"), _own_slots)

@@ -14,8 +14,9 @@ from jaxgpt import model
 from jaxgpt.taps import Op, Wiring, ops
 from oracle import model_inputs
 from oracle.candidate import Candidate
-from oracle.repairs import wiring
+from oracle.repairs import readings
 from oracle.repairs.decode import caches
+from oracle.repairs.readings import Reading
 from oracle.rungs.decode_site import Call, DecodeSite
 
 BEYOND = 8
@@ -76,13 +77,13 @@ def _modulus(call: Call, given: Mapping[str, Any]) -> int | None:
     return None
 
 
-def found(site: DecodeSite) -> wiring.Reading | None:
+def found(site: DecodeSite) -> Reading | None:
     """What the site's tap was computed from, where that is not what the table says."""
     history = site.once(caches.observed)
     if not history:
         return None
     table = ops(site.candidate.config, Wiring(cached=True))
-    return wiring.reading(site.candidate, site.op, table, values(site.candidate, history[-1]))
+    return readings.of_candidate(site.candidate, table, values(site.candidate, history[-1])).reading(site.op)
 
 
 def own(site: DecodeSite) -> bool:
@@ -93,7 +94,7 @@ def own(site: DecodeSite) -> bool:
 
 def as_alone(candidate: Candidate, op: Op, call: Call) -> bool:
     """The op that was measured alone gives what the step gave."""
-    return wiring.gives(candidate, wiring.as_it_should(op), values(candidate, call))
+    return readings.of_candidate(candidate, (), values(candidate, call)).is_as_wired(op)
 
 
 def stores_as_alone(candidate: Candidate, call: Call) -> bool:

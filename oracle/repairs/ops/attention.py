@@ -135,6 +135,43 @@ def kv_rolled(box: BlackBox) -> Iterator[Change]:
             yield box.fed("with the kv heads in order", lambda x, kv, by=by: (x, jnp.roll(kv, by, axis=1)))
 
 
+PROBED = 8
+"""Queries that tell which heads an op multiplies."""
+
+
+def regrouped(box: BlackBox) -> Iterator[Change]:
+    """Query heads in another order, each with a kv head: put both where the op looks for them."""
+    pairs = _pairs(box)
+    queries = [query for query, _ in pairs]
+    if sorted(queries) != list(range(box.facts.heads)) or queries == sorted(queries):
+        return
+    times = box.facts.heads // box.facts.kv_heads
+    wanted = {kv: head // times for head, (_, kv) in enumerate(pairs)}
+    if all(wanted[kv] == head // times for head, (_, kv) in enumerate(pairs)) and len(wanted) == box.facts.kv_heads:
+        own, others = np.argsort(queries), np.array([wanted[kv] for kv in sorted(wanted)])
+        yield box.fed("with the query heads in order", lambda x, kv: (x[:, own], kv[:, others]))
+
+
+def _pairs(box: BlackBox) -> list[tuple[int, int]]:
+    """The query head and the kv head whose product each head of the answer is; none where one is no such product."""
+    x, kv = (np.asarray(given, np.float32)[:1] for given in box.site.inputs)
+    if box.answer.shape != box.site.truth.shape:
+        return []
+    x, y = x[:, :, :PROBED], box.answer[:1, :, :PROBED]
+    if box.site.op.function == "scores":
+        products = np.einsum("bnth,bksh->nkbts", x, kv) * x.shape[-1] ** -0.5
+    else:
+        products = np.einsum("bnts,bksh->nkbth", x, kv)
+    pairs: list[tuple[int, int]] = []
+    for head in range(y.shape[1]):
+        errors = np.linalg.norm((products - y[:, head]).reshape(*products.shape[:2], -1), axis=-1)
+        best = np.unravel_index(int(errors.argmin()), errors.shape)
+        if not errors[best] <= 16 * box.epsilon * np.linalg.norm(y[:, head]):
+            return []
+        pairs.append((int(best[0]), int(best[1])))
+    return pairs
+
+
 # -- Scores and context ----------------------------------------------------------------
 
 
@@ -225,6 +262,7 @@ REPAIRS: tuple[Repair, ...] = (
         normalised,
     ),
     op_repair("kv heads tiled instead of repeated", _GROUPS, _BOTH, tiled),
+    op_repair("query heads grouped in another order", _GROUPS, _BOTH, regrouped),
     op_repair("kv heads in the wrong order", _GROUPS, _BOTH, kv_backwards),
     op_repair("kv heads in the wrong order", _GROUPS, _BOTH, kv_rolled),
     op_repair("queries and keys exchanged", "see scores and context in jaxgpt/ops.py", _BOTH, swapped),

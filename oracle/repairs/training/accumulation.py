@@ -90,7 +90,13 @@ def _over_all_places(parts: Parts) -> Iterator[tuple[str, Answer]]:
     A, words = len(parts.tokens), "with the mean of the places whose mask is 1"
     yield words, corrections.summed(parts.everything, [1 / (A * parts.places)] * A)
     yield words, corrections.summed(parts.trained, [1 / (A * count) for count in parts.real])
-    yield words, corrections.summed(parts.everything, [1 / parts.total] * A)
+
+
+def _unmasked(parts: Parts) -> Iterator[tuple[str, Answer]]:
+    yield (
+        "with the losses of trained places alone",
+        corrections.summed(parts.everything, [1 / parts.total] * len(parts.tokens)),
+    )
 
 
 def _one_only(parts: Parts) -> Iterator[tuple[str, Answer]]:
@@ -203,6 +209,12 @@ REPAIRS: tuple[Repair, ...] = (
     Repair("micro-batches summed without dividing", _ONCE, RUNGS, _moved(_sum_of_means)),
     Repair("mean over all places instead of the trained", _ONCE, RUNGS, _divided(_padded_count)),
     Repair("mean over all places instead of the trained", _ONCE, RUNGS, _moved(_over_all_places)),
+    Repair(
+        "untrained places counted in the loss",
+        "multiply the losses of tokens by the batch's mask before they are summed: masked_sum in jaxgpt/loss.py",
+        RUNGS,
+        _moved(_unmasked),
+    ),
     Repair(
         "only one micro-batch's gradient kept",
         f"add the gradients of all micro-batches of a step {_STEP}",

@@ -136,7 +136,7 @@ def course(site: Site) -> Course:
     groups = lesson.groups(asked)
     answers = list(asked.steps(groups, lesson.course_of(site.comparison).clip_norm, asked.settings.steps))
     params = [{name: np.asarray(array) for name, array in asked.master.items()}, *(found for found, _ in answers)]
-    found = _on_the_way(site, params, training.Training())
+    found = _on_the_way(site, params, training.Training(gradients=site.once(right_gradients)))
     return Course(
         params, found, [global_norm(g) for g in found], [float(report.learning_rate) for _, report in answers]
     )
@@ -152,6 +152,26 @@ def _on_the_way(site: Site, params: Sequence[Params], way: training.Training) ->
         )[1]
         for number, before in enumerate(params[:-1])
     ]
+
+
+AGREED = 1e-4
+"""Relative error of a gradient in float32 from which it is another one."""
+
+
+def right_gradients(site: Site) -> Gradients:
+    """The product's own where the reference agrees, since they round as the candidate's do; else the reference's.
+
+    A mistake in the product's own code is in its gradients, whatever the candidate was given instead.
+    """
+    asked, decoder = lesson.part(site.comparison), lesson.part_of_truth(site.comparison)
+    batches = lesson.groups(asked)[0]
+    own = replace(asked, candidate=replace(asked.candidate, dtype="float32", training=training.Training()))
+    _, found = own.gradients(batches)
+    _, true = training_reference.gradients(decoder, batches)
+    apart = {name: found[name] - array for name, array in true.items()}
+    if global_norm(apart) <= AGREED * global_norm(true):
+        return training.gradients
+    return training_reference.gradients_of(decoder)
 
 
 def course_with(site: Site, way: training.Training) -> Course:
@@ -204,8 +224,9 @@ class Mistake:
     """Where the step takes its gradients, if not the right ones."""
 
 
-def undone(step: Step, mistake: Mistake) -> Step:
-    """The step with right − wrong on top of its parameters and rates."""
+def undone(site: Site, mistake: Mistake) -> Step:
+    """The candidate's step with right − wrong on top of its parameters and rates."""
+    step, right = site.candidate.training.step, site.once(right_gradients)
     replays: list[Replay] = []
 
     def repaired(config: Any, settings: Any, dtype: str, state: TrainState, batches: Any) -> Any:
@@ -213,7 +234,7 @@ def undone(step: Step, mistake: Mistake) -> Step:
             replays[:] = Replay(mistake.right), Replay(mistake.wrong)
         number = replays[0].count
         agreed_on = training_probe.settings_for(config, training_probe.SETTINGS)
-        own, other = _gradients(mistake, (config, agreed_on, dtype, _bare(state), batches))
+        own, other = _gradients(right, mistake, (config, agreed_on, dtype, _bare(state), batches))
         before = {name: np.asarray(array, np.float64) for name, array in state.params.items()}
         moves = [
             replay.updates(before, found, replay.recipe.norm(before, found))
@@ -238,9 +259,9 @@ def _bare(state: TrainState) -> TrainState:
     return state._replace(moments=(), step=jnp.int32(0))
 
 
-def _gradients(mistake: Mistake, given: tuple[Any, ...]) -> list[tuple[float, dict[str, np.ndarray]]]:
+def _gradients(right: Gradients, mistake: Mistake, given: tuple[Any, ...]) -> list[tuple[float, dict[str, np.ndarray]]]:
     """The right ones, and those the step takes."""
-    answers = [training.gradients(*given)]
+    answers = [right(*given)]
     answers.append(mistake.gradients(*given) if mistake.gradients else answers[0])
     return [(float(value), {n: np.asarray(g, np.float64) for n, g in found.items()}) for value, found in answers]
 
@@ -275,4 +296,4 @@ def _told(report: StepReport, mistake: Mistake, number: int, of_loss: float) -> 
 def with_gradients_of(site: TrainingSite, function: Gradients) -> Step:
     """The candidate's step as if its gradients were the right ones instead of that function's."""
     right = site.once(agreed)
-    return undone(site.candidate.training.step, Mistake(right, right, gradients=function))
+    return undone(site, Mistake(right, right, gradients=function))

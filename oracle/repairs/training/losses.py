@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oracle import lesson
+from oracle import lesson, training_reference
 from oracle.repairs.repair import Repair, Variant
 from oracle.repairs.training import corrections
 from oracle.repairs.training.corrections import NEARER, Change
@@ -79,12 +79,6 @@ def _logits(site: Site, batch: Batch) -> Tensor:
         ).double()
 
 
-def _received(batch: Any) -> Batch:
-    """A batch of arrays as the reference takes it."""
-    arrays = {name: torch.from_numpy(np.asarray(array).astype(np.int64)) for name, array in batch.items()}
-    return Batch(**arrays)
-
-
 # -- Hypotheses ------------------------------------------------------------------------
 
 
@@ -129,7 +123,7 @@ def _of_tokens(site: TrainingSite, hypothesis: Hypothesis) -> dict[str, Any]:
     function = site.candidate.training.losses
 
     def repaired(config: Any, params: Any, batch: Any, dtype: str) -> Any:
-        given = _received(batch)
+        given = training_reference.received(batch)
         logits = _logits(site, given)
         left = np.asarray(function(config, params, batch, dtype)) - hypothesis.wrong(logits, given).numpy()
         lacking = given.ids.shape[1] - left.shape[1]
@@ -273,7 +267,7 @@ def _widened(site: TrainingSite, dtype: str) -> Any:
     function = site.candidate.training.losses
 
     def repaired(config: Any, params: Any, batch: Any, compute: str) -> Any:
-        losses, given = np.asarray(function(config, params, batch, compute)), _received(batch)
+        losses, given = np.asarray(function(config, params, batch, compute)), training_reference.received(batch)
         logits = _logits(site, given)
         if not _is_rounding(losses, logits, given, dtype):
             return losses

@@ -56,7 +56,7 @@ def _replayed(hypotheses: Hypotheses) -> Variants:
         tried = [(words, _mistake(site, right, wrong)) for words, wrong in hypotheses(site, right)]
         nearest = sorted(((m[0], words, m[1]) for words, m in tried if m), key=lambda item: item[0])
         for _, words, mistake in nearest[:MOST]:
-            step = adamw.undone(site.candidate.training.step, mistake)
+            step = adamw.undone(site, mistake)
             yield Variant(words, trained(site.candidate, step=step))
 
     return variants
@@ -285,7 +285,7 @@ def _narrow_master(site: Site) -> Iterator[Variant]:
     own, right = site.once(adamw.course), site.once(adamw.agreed)
     for dtype in adamw.ULPS:
         if all(adamw.is_stored_in(array, dtype) for params in own.params[1:] for array in params.values()):
-            step = adamw.undone(site.candidate.training.step, Mistake(right, right, of_rates=False, stored=dtype))
+            step = adamw.undone(site, Mistake(right, right, of_rates=False, stored=dtype))
             yield Variant(f"with what {dtype} lost", trained(site.candidate, step=step))
             return
 
