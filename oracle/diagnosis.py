@@ -43,20 +43,20 @@ def bisect(
     """
     report = ladder.climb(comparison, everything=everything, rungs=rungs, progress=progress)
     causes: list[Cause] = []
-    now = report
+    now, before = report, None
     for _ in range(MOST_CAUSES):
         if (rung := now.broken) is None:
             break
         progress(f"diagnosis of {rung.name}")
         if causes and (trained := _trained_as_run(comparison, rung)) is not None:
             comparison, causes = replace(comparison, candidate=trained), _shown_in(causes, rung)
-            now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
+            now = before = _after(before, ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress))
             continue
         if rung.name in TRAINING and comparison.candidate.has_no_gradient:
             # It runs the product's own op, of which no more is known: what else it may have is not to be seen.
             causes = _shown_in(causes, rung, "by this or by another cause")
             rungs = [name for name in rungs if name not in TRAINING]
-            now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
+            now = before = _after(before, ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress))
             continue
         place, first = finer.look(comparison, rung, progress) or (comparison, rung)
         with jax.default_matmul_precision("highest"), threads.fitting(comparison.candidate.config):
@@ -71,11 +71,22 @@ def bisect(
         repaired = replace(repaired, dtype=comparison.candidate.dtype)
         comparison = replace(comparison, candidate=repaired, export=export)
         # Rungs below this one have passed, and no repair here can reach them.
-        now = ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress)
+        now = before = _after(before, ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress))
         behind = now if place.candidate.dtype == repaired.dtype else _again(place, repaired, first.name, rungs)
         cause = replace(cause, proved=cause.name != UNKNOWN and not _still_broken(cause, behind))
         causes = joined(causes, cause)
     return replace(report, causes=causes, repaired=now if causes and now is not report else None)
+
+
+def _after(before: Report | None, now: Report) -> Report:
+    """A climb with repairs, and what had passed with those before: no further repair reaches down there."""
+    if before is None:
+        return now
+    climbed = {rung.name for rung in now.rungs}
+    passed = [rung for rung in before.rungs if rung.verdict == "pass" and rung.name not in climbed]
+    hidden = {name: reason for name, reason in now.hidden.items() if name not in before.exposed}
+    exposed = list(dict.fromkeys((*before.exposed, *now.exposed)))
+    return replace(now, rungs=[*passed, *now.rungs], exposed=exposed, hidden=hidden)
 
 
 def _again(place: Comparison, repaired: Candidate, rung: str, rungs: Sequence[str]) -> Report:

@@ -33,7 +33,7 @@ NEVER_RIGHT = frozenset(
 )
 """Classes of wrong parameters that the rung statistics knows by their values alone."""
 REACH: Mapping[str, tuple[Callable[[ModelConfig], bool], str]] = {
-    "positions beyond 512": (lambda config: config.max_position_embeddings > 512, "the context is shorter"),
+    "positions beyond 512": (lambda config: config.max_position_embeddings > 512, "the model's context ends before"),
     "the end of the context": (probe.is_cheap, "decoding to it is left out for large models"),
 }
 """Where in a sequence a fault of any class may lie."""

@@ -53,6 +53,7 @@ def describe(tap: str, candidate: np.ndarray, truth: np.ndarray) -> Residual | N
     scale, correlation = _scale(a, b), _correlation(a, b)
     places = [_place(name, energies[name], truths[name], lost[name]) for name in names]
     sentences = [*_not_finite(finite), *filter(None, places), *_kind(a, b, scale, correlation)]
+    sentences += _largest(names, ours, true)
     profiles = {name: _binned(energy / (error.size / energy.size)) for name, energy in energies.items()}
     return Residual(tuple(ours.shape), profiles, scale, correlation, sentences)
 
@@ -134,6 +135,15 @@ def _indices(name: str, indices: Sequence[int]) -> str:
 
 
 _ORDINAL = {2: "nd", 3: "rd"}
+
+
+def _largest(names: Sequence[str], ours: np.ndarray, true: np.ndarray) -> Iterator[str]:
+    """Two numbers that a person can look at."""
+    error = np.abs(ours - true)
+    at = np.unravel_index(int(error.argmax()), error.shape)
+    if error[at]:
+        place = ", ".join(f"{name} {index}" for name, index in zip(names, at, strict=True))
+        yield f"most at {place}: {ours[at]:.6g}, the reference has {true[at]:.6g}"
 
 
 def _kind(a: np.ndarray, b: np.ndarray, scale: float, correlation: float) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
-VERSION = 4
+VERSION = 5
 """Of the JSON report's schema."""
 
 
@@ -36,6 +36,8 @@ class Finding:
     """Probe, step or index, as far as it matters."""
     problem: str = ""
     """What is wrong in words, when it is not a matter of size."""
+    values: tuple[float, float] | None = None
+    """Of a single number: the candidate's and the truth's."""
 
     @property
     def layer(self) -> int | None:
@@ -72,6 +74,7 @@ class Finding:
             "threshold": [_number(limit) for limit in self.threshold],
             "where": self.where,
             "problem": self.problem,
+            "values": None if self.values is None else [_number(value) for value in self.values],
         }
 
 

@@ -1,11 +1,18 @@
 """Shared by every test: run-time shape checks, adversarial tiny configs, random parameters."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# No program of an earlier run: what a test compiles is what it runs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+# What one test process compiles, the others and the commands they start find: they inherit the folder.
+# It is new, so that nothing of an earlier run is in it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgpt-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Most of the suite's time is LLVM optimising programs that run once. The demo, the
 # benchmarks and `make equivalence` run what users run, fully optimised.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

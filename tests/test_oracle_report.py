@@ -206,9 +206,9 @@ def test_the_ratio_that_is_told_is_the_one_beyond_its_limit_and_the_chart_draws_
     for report in (report_of(told), json_report.parse(document)):
         text, seen = both_forms(report)
         for form in (text, seen):
-            assert "0.8 times the noise (aggregate; limit 0.75)" in form
+            assert "0.8 times the noise (whole tensor; limit 0.75)" in form
             assert "from 0.8 to 0.1 times the noise" in form
-        assert "Multiples of the noise (aggregate); shaded: within the limit of 0.75" in seen
+        assert "Multiples of the noise (whole tensor); shaded: within the limit of 0.75" in seen
 
 
 def test_a_failed_comparison_says_what_to_do_next_and_a_diagnosed_one_does_not():
@@ -294,7 +294,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 4"),
+        (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 5"),
         (lambda d: d.pop("version"), "the document has no 'version'"),
         (lambda d: d.pop("rungs"), "the document has no 'rungs'"),
         (lambda d: d.update(verdict="pass"), "states the verdict 'pass', but its rungs say 'fail'"),

@@ -61,7 +61,8 @@ def _computed(truth: Model, op: Op, _: str, inputs: Sequence[Any]) -> np.ndarray
 
 def advice(row: Reading) -> str:
     """Which row to change."""
-    return f"the row of {row.op.tap} in jaxgpt/taps.py must name {', '.join(row.op.inputs)} as what it reads"
+    rest = " (the repair corrects it in every layer)" if _layer(row.op.tap) >= 0 else ""
+    return f"the row of {row.op.tap} in jaxgpt/taps.py must name {', '.join(row.op.inputs)} as what it reads{rest}"
 
 
 # -- The candidate with the row corrected ----------------------------------------------

@@ -123,8 +123,11 @@ def _cause(cause: Cause, place: int) -> Iterator[Markup]:
         yield from _fact("Proof", prose(wording.proof(cause)), *_drawn(cause))
     if cause.advice:
         yield from _fact("Change", prose(wording.sentence(cause.advice)))
-    if cause.also_at:
-        yield from _fact("The same at", _names(cause.also_at))
+    same, behind = wording.places(cause)
+    if same:
+        yield from _fact("The same at", _names(same))
+    if behind:
+        yield from _fact("Seen again at", _names(behind))
 
 
 def _doubts(cause: Cause) -> Iterator[Markup]:

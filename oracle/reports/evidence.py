@@ -25,7 +25,7 @@ ASKS = {
 """The rungs in causal order, and what each asks."""
 MAPS = {
     "operators": ("Local error", "Each op on the reference’s inputs"),
-    "forward": ("Inherited error", "Both models running freely"),
+    "forward": ("Own and inherited error", "Both models running freely"),
     "gradients": ("Gradients", "Each parameter’s gradient"),
 }
 """Rungs that are drawn whenever they were climbed."""
@@ -100,7 +100,7 @@ def _summaries(was: RungResult | None, after: RungResult | None) -> Iterator[Mar
 
 def _verdict(rung: RungResult | None) -> Markup:
     if rung is None:
-        return tag("span", "–", class_="none")
+        return tag("span", "not climbed", class_="none")
     return tag("span", tag("b", MARK[rung.verdict], aria_hidden="true"), f" {rung.verdict}", class_=rung.verdict)
 
 
@@ -128,6 +128,12 @@ def _reading(report: Report) -> Iterator[Markup]:
     broken = {rung.name for rung in report.rungs if rung.verdict == "fail"}
     if "operators" in broken and len(broken) > 1:
         text = "Local error shows where a difference begins; the other maps, what it does to all that follows."
+        yield tag("p", text)
+    if report.broken is not None and report.broken.name == "forward":
+        text = "Each op is right on the reference’s inputs, so the first to differ here was given something else."
+        yield tag("p", text)
+    if report.broken is not None and report.broken.name not in MAPS | OTHER_MAPS:
+        text = f"The rung {report.broken.name} compares numbers of whole batches, and no layers: it has no map."
         yield tag("p", text)
 
 
@@ -158,7 +164,7 @@ def _finding(found: Finding) -> Markup:
         tag("td", wording.CLAIMS.get(found.tap, found.op)),
         tag("td", wording.where(found)),
         *(tag("td", measure if sized else "–", class_="figure") for measure in measures),
-        tag("td", prose(found.problem)),
+        tag("td", prose(found.problem or wording.values(found))),
     )
 
 

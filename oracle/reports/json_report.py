@@ -150,6 +150,7 @@ def _finding(value: _Value) -> Finding:
     members = value.members()
     keys = ("tap", "op", "ok", "error", "aggregate", "worst", "threshold", "where", "problem")
     tap, op, ok, error, aggregate, worst, threshold, where, problem = (members.get(k) or value.key(k) for k in keys)
+    values = value.key("values")
     return Finding(
         tap.text(),
         op.text(),
@@ -160,6 +161,7 @@ def _finding(value: _Value) -> Finding:
         threshold.pair(),
         where.text(),
         problem.text(),
+        None if values.raw is None else values.pair(),
     )
 
 

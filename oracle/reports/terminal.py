@@ -129,5 +129,8 @@ def _explained(cause: Cause) -> Iterator[str]:
         yield f"Look at: {wording.look(cause)}."
     if cause.runners_up:
         yield f"Nearest to undoing it: {'; '.join(cause.runners_up)}."
-    if cause.also_at:
-        yield f"The same at: {wording.first(cause.also_at, SHOWN)}."
+    same, behind = wording.places(cause)
+    if same:
+        yield f"The same at: {wording.first(same, SHOWN)}."
+    if behind:
+        yield f"Seen again at: {wording.first(behind, SHOWN)}."

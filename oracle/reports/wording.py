@@ -16,10 +16,16 @@ def size(rung: str, found: Finding) -> str:
         return sentence(found.problem)
     kind = "Local error" if rung == "operators" else "Error"
     ratio, limit = found.ratios[found.measure], found.threshold[found.measure]
-    return f"{kind} {found.error:.2g}, {ratio:.2g} times the noise ({MEASURES[found.measure]}; limit {limit:.2g})."
+    size = f"{kind} {found.error:.2g}, {ratio:.2g} times the noise ({MEASURES[found.measure]}; limit {limit:.2g})."
+    return f"{sentence(values(found))} {size}" if found.values else size
 
 
-MEASURES = ("aggregate", "worst position")
+def values(found: Finding) -> str:
+    """The two numbers, where there are only two."""
+    return f"{found.values[0]:.6g}, the reference has {found.values[1]:.6g}" if found.values else ""
+
+
+MEASURES = ("whole tensor", "worst position")
 """What the two ratios of a finding are called."""
 
 
@@ -167,6 +173,12 @@ def repaired(report: Report) -> str:
     if any(cause.name == UNKNOWN for cause in report.causes):
         return "With the reference's own in place of what is unknown"
     return "With the repair" if len(report.causes) == 1 else f"With these {len(report.causes)} repairs"
+
+
+def places(cause: Cause) -> tuple[list[str], list[str]]:
+    """Further places of the cause: in its own rung, and those in other rungs, which its repair sets right as well."""
+    own = [place for place in cause.also_at if "(rung " not in place]
+    return own, [place for place in cause.also_at if place not in own]
 
 
 def quoted(names: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ a wrong batch blames the batch alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,8 @@ def _mean_finding(
     ]
     unit = Unit(noise.EPSILON["float32"], noise=training_noise.rms(np.concatenate(errors)))
     measured = training_noise.measure(np.array([loss]), truth, peer, unit)
-    return judge.of(MEAN, "mean_loss", measured, f"{len(batches)} micro-batches in one step")
+    found = judge.of(MEAN, "mean_loss", measured, f"{len(batches)} micro-batches in one step")
+    return replace(found, values=(loss, float(truth[0])))
 
 
 def _mean(losses: Sequence[np.ndarray], batches: Sequence[training.Batch]) -> float:

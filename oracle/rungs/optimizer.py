@@ -10,7 +10,7 @@ the rung before measures, would be amplified in the same way.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,7 +67,8 @@ def _rate_finding(judge: Judge, course: Course, answers: Answers, number: int) -
     # Relative to the highest: at the end of a decay to zero nothing is left to be relative to.
     highest = max(state.report.learning_rate for state in course.truth)
     measured = training_noise.measure(ours, truth, truth.astype(np.float32), Unit(EPSILON, highest, EPSILON * highest))
-    return judge.of(LEARNING_RATE, LEARNING_RATE, measured, f"step {number}")
+    found = judge.of(LEARNING_RATE, LEARNING_RATE, measured, f"step {number}")
+    return replace(found, values=(float(ours[0]), float(truth[0])))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def offset(site: Site) -> Iterator[Variant]:
             yield Variant(
                 f"with the cache's lengths {named} by one {when}".rstrip(),
                 caches.around(site.candidate, _shifted(by, condition), caches.advanced),
+                _OFFSET.format("later" if by < 0 else "earlier"),
             )
 
 
@@ -193,6 +194,10 @@ def _another_op(site: Site) -> Iterator[Variant]:
 
 _LENGTHS = "each row's length grows by its own count: forward_cached in jaxgpt/model.py"
 _INPUTS = "positions, slots and mask follow from the cache's lengths: cached_inputs in jaxgpt/model.py"
+_OFFSET = (
+    "a new token's position and slot must be its row's length, not one {}: slots and positions of cached_inputs "
+    "in jaxgpt/model.py"
+)
 _CACHE = "the cache handed on is what the store ops gave: forward_cached in jaxgpt/model.py"
 _GIVEN = "every row is continued from its own, whole cache: the store ops of forward_cached in jaxgpt/model.py"
 _GROWTH = "a larger cache holds what the smaller one held: grown in jaxgpt/cache.py"

@@ -248,6 +248,7 @@ def _near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> bool:
 
 _ORDER = "heads are (B, T, N·H) to (B, N, T, H), head by head: _split_heads and merge_heads in jaxgpt/ops.py"
 _GROUPS = "query head n reads kv head n // (N // K): scores and context in jaxgpt/ops.py"
+_QUERIES = "split the N query heads into (K, N // K), kv head first, in the {} op of jaxgpt/ops.py"
 _SCALE = "scores are q·k / √H: the scores op in jaxgpt/ops.py"
 _BOTH = ("scores", "context")
 REPAIRS: tuple[Repair, ...] = (
@@ -262,7 +263,8 @@ REPAIRS: tuple[Repair, ...] = (
         normalised,
     ),
     op_repair("kv heads tiled instead of repeated", _GROUPS, _BOTH, tiled),
-    op_repair("query heads grouped in another order", _GROUPS, _BOTH, regrouped),
+    op_repair("query heads grouped in another order", _QUERIES.format("scores"), ("scores",), regrouped),
+    op_repair("query heads grouped in another order", _QUERIES.format("context"), ("context",), regrouped),
     op_repair("kv heads in the wrong order", _GROUPS, _BOTH, kv_backwards),
     op_repair("kv heads in the wrong order", _GROUPS, _BOTH, kv_rolled),
     op_repair("queries and keys exchanged", "see scores and context in jaxgpt/ops.py", _BOTH, swapped),

@@ -255,6 +255,7 @@ def _own(box: BlackBox) -> Callable[[Any, int], Any]:
 
 
 _ROPE = "the rope op in jaxgpt/ops.py rotates the pairs (i, i + H/2) of whole heads by position times frequency"
+_DIRECTION = "the rope op in jaxgpt/ops.py must give (x·cos − y·sin, y·cos + x·sin) of the halves x, y; mind the signs"
 _ANGLES = "check rope_theta and rope_scaling in the config (jaxgpt/config.py) and rope_frequencies in jaxgpt/ops.py"
 _POSITIONS = "check the positions that are given to the op: uncached_inputs and cached_inputs in jaxgpt/model.py"
 REPAIRS: tuple[Repair, ...] = (
@@ -264,7 +265,7 @@ REPAIRS: tuple[Repair, ...] = (
         ("rope",),
         half_split,
     ),
-    op_repair("RoPE direction reversed", _ROPE, ("rope", "angles"), reversed_direction),
+    op_repair("RoPE direction reversed", _DIRECTION, ("rope", "angles"), reversed_direction),
     op_repair("RoPE sine and cosine exchanged", _ROPE, ("rope",), exchanged),
     op_repair("RoPE missing", _ROPE, ("rope",), missing),
     op_repair("RoPE applied twice", _ROPE, ("rope",), twice),

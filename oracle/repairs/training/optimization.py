@@ -312,7 +312,11 @@ _SCHEDULES = (
     ("constant learning rate", "let the rate decay after the warm-up", schedule.constant),
     ("warm-up missing", "the rate of step k of w warm-up steps is (k + 1) / (w + 1) of the highest", schedule.cold),
     ("schedule counted in micro-batches", "count optimizer steps, not micro-batches", schedule.in_micro_batches),
-    ("learning-rate schedule off by one", "the first step has the rate of count 0", schedule.off_by_one),
+    (
+        "learning-rate schedule off by one",
+        "count steps from 0: step k of w warm-up steps must have (k + 1) / (w + 1) of the highest rate",
+        schedule.off_by_one,
+    ),
     ("wrong learning rate", "multiply the schedule with the highest learning rate once", schedule.scaled),
 )
 
@@ -329,7 +333,7 @@ REPAIRS: tuple[Repair, ...] = (
         _setting("learning_rate", "schedule", "warmup_steps", "steps", "decay_fraction", "final_learning_rate"),
     ),
     *(
-        _repair(cause, f"{advice}, {_OPTIMIZER}", _rates(f"without the {cause}", rates))
+        _repair(cause, f"{advice}, {_OPTIMIZER}", _rates("with the agreed rate in every step", rates))
         for cause, advice, rates in _SCHEDULES
     ),
     _repair(
