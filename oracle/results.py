@@ -15,6 +15,12 @@ class Inconclusive(Exception):
     """The comparison cannot be decided; the message is one line and says why."""
 
 
+def layer_of(tap: str) -> int | None:
+    """The number of a tap's layer, None outside the layers."""
+    parts = tap.split(".")
+    return int(parts[1]) if parts[0] == "layers" and parts[1:2] and parts[1].isdecimal() else None
+
+
 @dataclass(frozen=True)
 class Finding:
     """One comparison of one tensor."""
@@ -42,8 +48,7 @@ class Finding:
     @property
     def layer(self) -> int | None:
         """The layer's number, None outside the layers."""
-        parts = self.tap.split(".")
-        return int(parts[1]) if parts[0] == "layers" and parts[1:2] and parts[1].isdecimal() else None
+        return layer_of(self.tap)
 
     @property
     def noise(self) -> float:

@@ -259,6 +259,33 @@ def test_changes_of_two_parts_read_as_sentences_and_one_rung_agrees():
     assert "part at layers.0.attn.q. Micro-batches summed" in both_forms(report_of(stop))[1]
 
 
+@pytest.mark.parametrize(
+    ("rung", "also", "layers"),
+    [
+        ("operators", ["layers.1.attn.q", "layers.2.attn.q"], "Layers: all 3."),
+        ("operators", ["layers.2.attn.q"], "Layers: 0, 2 of 0 to 2."),
+        ("operators", ["layers.1.attn.q (rung decode)"], "Layers: only 0 of 0 to 2."),
+        ("forward", ["layers.1.attn.q"], ""),
+    ],
+)
+def test_the_layers_of_a_cause_are_told_where_each_place_is_wrong_by_itself(rung: str, also: list[str], layers: str):
+    found = cause(rung=rung, tap="layers.0.attn.q", also_at=also)
+    report = dataclasses.replace(report_of(found), environment={"config": {"num_hidden_layers": 3}})
+    text, seen = both_forms(report)
+    assert (layers in text) if layers else ("Layers:" not in text)
+    assert layers.removeprefix("Layers: ").capitalize() in seen
+    assert ("Seen again at: layers.1.attn.q (rung decode)." in text) is ("(rung" in also[0])
+
+
+def test_both_numbers_of_a_comparison_of_numbers_are_told(tmp_path: Path):
+    found = Finding("loss.mean", "mean_loss", False, 0.5, 9.0, 9.0, (4.0, 4.0), values=(1.5, 3.0))
+    report = Report([RungResult("loss", [found], "")], [], {})
+    text, seen = both_forms(report)
+    assert "1.5, the reference has 3. Error 0.5, 9 times the noise" in text
+    assert "1.5, the reference has 3. Error 0.5" in seen
+    assert json_report.read(written(report, tmp_path)).rungs[0].first == found
+
+
 def test_tokens_that_are_all_wrong_are_said_to_be():
     chosen = tuple(Token(0, step, 1, 2, 4.0, 4.0, 0.25) for step in range(3))
     assert "The 3 that were hardest to make are kept here: all wrong." in both_forms(report_of(tokens=chosen))[1]

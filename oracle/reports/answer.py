@@ -101,14 +101,14 @@ def _causes(report: Report) -> Iterator[Markup]:
         yield from _fact("Cause", join(text))
         return
     for place, cause in enumerate(report.causes[:MOST_CAUSES], start=1):
-        yield from _cause(cause, place)
+        yield from _cause(report, cause, place)
     more = len(report.causes) - MOST_CAUSES
     if more > 0:
         yield from _fact("Further causes", escape(f"{more:,} more"))
     yield from _outcome(report)
 
 
-def _cause(cause: Cause, place: int) -> Iterator[Markup]:
+def _cause(report: Report, cause: Cause, place: int) -> Iterator[Markup]:
     standing = wording.standing(cause)
     badge = tag("span", standing, class_=f"badge {standing.replace(' ', '-')}")
     title: list[object] = [tag("strong", cause.name[:1].upper() + cause.name[1:])]
@@ -123,6 +123,8 @@ def _cause(cause: Cause, place: int) -> Iterator[Markup]:
         yield from _fact("Proof", prose(wording.proof(cause)), *_drawn(cause))
     if cause.advice:
         yield from _fact("Change", prose(wording.sentence(cause.advice)))
+    if wording.layers(report, cause):
+        yield from _fact("Layers", escape(wording.sentence(wording.layers(report, cause))))
     same, behind = wording.places(cause)
     if same:
         yield from _fact("The same at", _names(same))

@@ -106,14 +106,14 @@ def causes(report: Report) -> Iterator[str]:
         label = "Cause" if number == 1 else f"Cause {number}, behind it"
         standing = "" if cause.name == UNKNOWN else f" ({wording.standing(cause)})"
         yield f"{label}: {cause.name}, at {wording.cause_place(cause)}{standing}."
-        yield from (f"  {line}" for line in _explained(cause))
+        yield from (f"  {line}" for line in _explained(report, cause))
     if report.repaired is not None:
         yield f"{wording.repaired(report)}: {verdict(report.repaired)}"
     if report.causes:
         yield ""
 
 
-def _explained(cause: Cause) -> Iterator[str]:
+def _explained(report: Report, cause: Cause) -> Iterator[str]:
     if cause.seen_in:
         yield wording.hidden(cause)
     yield wording.proof(cause)
@@ -129,6 +129,8 @@ def _explained(cause: Cause) -> Iterator[str]:
         yield f"Look at: {wording.look(cause)}."
     if cause.runners_up:
         yield f"Nearest to undoing it: {'; '.join(cause.runners_up)}."
+    if wording.layers(report, cause):
+        yield f"Layers: {wording.layers(report, cause)}."
     same, behind = wording.places(cause)
     if same:
         yield f"The same at: {wording.first(same, SHOWN)}."

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from oracle.results import CONFIG_FIELD, UNKNOWN, Cause, Finding, Report
+from oracle.results import CONFIG_FIELD, UNKNOWN, Cause, Finding, Report, layer_of
 
 
 def kl(report: Report) -> float | None:
@@ -179,6 +179,23 @@ def places(cause: Cause) -> tuple[list[str], list[str]]:
     """Further places of the cause: in its own rung, and those in other rungs, which its repair sets right as well."""
     own = [place for place in cause.also_at if "(rung " not in place]
     return own, [place for place in cause.also_at if place not in own]
+
+
+LOCAL = ("bits", "statistics", "operators")
+"""Rungs in which a place is wrong by itself, whatever came before it."""
+
+
+def layers(report: Report, cause: Cause) -> str:
+    """In which of the model's layers the cause is, where it is in one and that can be told."""
+    config = report.environment.get("config")
+    total = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    own, _ = places(cause)
+    wrong = sorted({layer for layer in map(layer_of, (cause.tap, *own)) if layer is not None})
+    if cause.rung not in LOCAL or not wrong or not isinstance(total, int) or total < 2:
+        return ""
+    if len(wrong) == total:
+        return f"all {total}"
+    return f"{'only ' if len(wrong) == 1 else ''}{', '.join(map(str, wrong))} of 0 to {total - 1}"
 
 
 def quoted(names: Sequence[str]) -> list[str]:
