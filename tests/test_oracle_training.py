@@ -373,3 +373,26 @@ def test_a_step_that_accumulates_wrongly_is_named_at_the_step(gpt2: Case):
 
     report = diagnosis.bisect(gpt2.comparison(trained(gpt2.candidate, step=step)), rungs=(optimizer.NAME,))
     assert [c.name for c in report.causes] == ["gradient accumulation normalised per micro-batch"]
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_products_own_gradients_is_undone_in_its_steps_as_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The steps are replayed with the reference's gradients: those of the product would repeat the mistake."""
+
+    def unmasked(*given: Any, **further: Any) -> Any:
+        config, params, batch = given
+        mask = {"mask": jnp.ones_like(batch["mask"])}
+        return product_loss.masked_sum(config, params, batch | mask, **further)
+
+    monkeypatch.setattr(train_step, "masked_sum", unmasked)
+    # A model of no other test: what is compiled for a config is compiled with the mistake.
+    folder = models.write(ONE_LAYER["gpt2"] | {"n_inner": 59}, tmp_path, "float32", SEED)
+    case = Case(models.candidate(folder, "float32"), Reference.load(folder, "float32"))
+    report = diagnosis.bisect(case.comparison(), rungs=RUNGS)
+    assert [(cause.name, cause.tap, cause.proved) for cause in report.causes] == [
+        ("untrained places counted in the loss", "loss.mean", True)
+    ]
+    assert report.repaired is not None
+    assert report.repaired.verdict == "pass"
