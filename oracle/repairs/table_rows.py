@@ -22,6 +22,7 @@ from oracle.candidate import Candidate, Unrunnable
 from oracle.reference import Model, to_numpy
 from oracle.repairs import interception
 from oracle.repairs.readings import Pass, Reading
+from oracle.results import layer_of
 from oracle.rungs.forward import ForwardSite
 
 
@@ -61,7 +62,7 @@ def _computed(truth: Model, op: Op, _: str, inputs: Sequence[Any]) -> np.ndarray
 
 def advice(row: Reading) -> str:
     """Which row to change."""
-    rest = " (the repair corrects it in every layer)" if _layer(row.op.tap) >= 0 else ""
+    rest = " (the repair corrects it in every layer)" if layer_of(row.op.tap) is not None else ""
     return f"the row of {row.op.tap} in jaxgpt/taps.py must name {', '.join(row.op.inputs)} as what it reads{rest}"
 
 
@@ -79,20 +80,16 @@ def _changes(row: Reading, config: ModelConfig, wiring: Wiring) -> dict[str, int
     changes: dict[str, interception.Change] = {}
     pairs = list(enumerate(zip(row.op.inputs, row.inputs, strict=True)))
     for op in ops(config, wiring):
-        seen = partial(_moved, config=config, here=_layer(row.op.tap), there=_layer(op.tap))
+        seen = partial(_moved, config=config, here=layer_of(row.op.tap), there=layer_of(op.tap))
         if op.tap == seen(row.op.tap):
             wrong = {n: seen(right) for n, (right, read) in pairs if right != read and op.inputs[n] == seen(read)}
             changes[op.tap] = _reading(wrong)
     return changes
 
 
-def _layer(tap: str) -> int:
-    return int(tap.split(".")[1]) if tap.startswith("layers.") else -1
-
-
-def _moved(tap: str, config: ModelConfig, here: int, there: int) -> str:
+def _moved(tap: str, config: ModelConfig, here: int | None, there: int | None) -> str:
     """The same tap as seen from another layer."""
-    if here != -1 and there != -1 and tap == layer_input(config, here, Wiring()):
+    if here is not None and there is not None and tap == layer_input(config, here, Wiring()):
         return layer_input(config, there, Wiring())
     prefix = f"layers.{here}."
     return f"layers.{there}.{tap.removeprefix(prefix)}" if tap.startswith(prefix) else tap

@@ -18,6 +18,7 @@ from oracle.candidate import Candidate, Unrunnable
 from oracle.repairs import interception, readings, table_rows
 from oracle.repairs.readings import Reading
 from oracle.repairs.repair import Repair, Variant
+from oracle.results import layer_of
 from oracle.rungs import forward
 from oracle.rungs.forward import ForwardSite
 from oracle.site import Site
@@ -71,7 +72,8 @@ def _bypassed(op: str, wanted: str, read: str) -> bool:
 
 
 def _layer(tap: str) -> int:
-    return int(tap.split(".")[1]) if tap.startswith("layers.") else -1
+    number = layer_of(tap)
+    return -1 if number is None else number
 
 
 def _next_stream(tap: str) -> str:
