@@ -71,9 +71,12 @@ def advice(row: Reading) -> str:
 
 def corrected(site: ForwardSite, row: Reading) -> Candidate:
     """With every layer's op of this row reading what the reference reads, cached or not."""
-    config = site.candidate.config
-    repaired = interception.forward(site.candidate, _changes(row, config, Wiring()))
-    return interception.cached(repaired, _changes(row, config, Wiring(cached=True)))
+    return corrected_step(interception.forward(site.candidate, _changes(row, site.candidate.config, Wiring())), row)
+
+
+def corrected_step(candidate: Candidate, row: Reading) -> Candidate:
+    """The same of cached steps alone."""
+    return interception.cached(candidate, _changes(row, candidate.config, Wiring(cached=True)))
 
 
 def _changes(row: Reading, config: ModelConfig, wiring: Wiring) -> dict[str, interception.Change]:

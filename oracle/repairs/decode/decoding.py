@@ -6,6 +6,7 @@ differs from the one that its attention read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves, OpFunction
 from jaxgpt.taps import Op
 from oracle import model_inputs
-from oracle.repairs import interception, wiring
+from oracle.repairs import interception, table_rows, wiring
 from oracle.repairs.decode import caches, step_inputs, step_masks, step_ops
 from oracle.repairs.readings import Reading
 from oracle.repairs.repair import Repair, Variant
+from oracle.results import layer_of
 from oracle.rungs import decode
 from oracle.rungs.decode_site import Call, DecodeSite
 from oracle.site import Site
@@ -107,12 +109,26 @@ def rewired(named: str) -> Callable[[Site], Iterator[Variant]]:
         if not isinstance(site, DecodeSite) or (site.op.tap in POSITIONS and not _only_positions(site)):
             return
         reading = site.once(step_inputs.found)
-        if reading is None or (site.op.tap == "mask" and site.once(step_masks.stores_are_right)):
-            return
-        if _called(reading) == named:
+        if reading is None:
+            yield from _corrected_store(site, named)
+        elif _called(reading) == named and not (site.op.tap == "mask" and site.once(step_masks.stores_are_right)):
             yield Variant(str(reading), interception.cached(site.candidate, _given_back(reading)))
 
     return variants
+
+
+def _corrected_store(site: DecodeSite, named: str) -> Iterator[Variant]:
+    """A row of the table that only cached steps have: what is stored is another tap of the layer."""
+    history = site.once(caches.observed)
+    if site.op.function != "store" or not history or not site.once(step_inputs.own):
+        return
+    own, *others = site.op.inputs
+    shape, layer = history[-1].taps[own].shape, layer_of(own)
+    for tap, array in history[-1].taps.items():
+        if tap != own and layer_of(tap) == layer and array.shape == shape:
+            row = Reading(replace(site.op, inputs=(tap, *others)), site.op.inputs, "")
+            if _called(row) == named:
+                yield Variant(str(row), table_rows.corrected_step(site.candidate, row), table_rows.advice(row))
 
 
 SLOTS, WRAPPED = "cache slot off by one", "cache slots wrapped around"
