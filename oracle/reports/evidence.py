@@ -8,7 +8,7 @@ from typing import Any
 from oracle.reports import charts, heat_map, wording
 from oracle.reports.markup import Markup, escape, join, tag
 from oracle.reports.typesetting import name, number, prose
-from oracle.results import Cause, Finding, Report, Residual, RungResult, Token
+from oracle.results import CONFIG_FIELD, Cause, Finding, Report, Residual, RungResult, Token
 
 ASKS = {
     "environment": "Can a comparison here mean anything?",
@@ -129,12 +129,12 @@ def _reading(report: Report) -> Iterator[Markup]:
     if "operators" in broken and len(broken) > 1:
         text = "Local error shows where a difference begins; the other maps, what it does to all that follows."
         yield tag("p", text)
-    if report.broken is not None and report.broken.name == "forward":
+    first = report.broken.first if report.broken else None
+    if "operators" not in broken and "forward" in broken and first and not first.tap.startswith(CONFIG_FIELD):
         text = "Each op is right on the reference’s inputs, so the first to differ here was given something else."
         yield tag("p", text)
-    if report.broken is not None and report.broken.name not in MAPS | OTHER_MAPS:
-        text = f"The rung {report.broken.name} compares numbers of whole batches, and no layers: it has no map."
-        yield tag("p", text)
+    if report.broken is not None and report.broken.name == "loss":
+        yield tag("p", "The rung loss compares numbers of whole batches, and no layers: it has no map.")
 
 
 def _broken(rung: RungResult) -> Markup:
