@@ -1,7 +1,7 @@
 """One model config: Llama-style Hugging Face names, framework-free.
 
-Architectures differ in fields, never in a name: GPT-2 and Llama/Qwen2 are two
-points of the same space. `from_hf` and `to_hf` translate Hugging Face's
+Architectures differ in fields, never in a name: GPT-2, Llama, Mistral, Qwen2 and
+Qwen3 are points of the same space. `from_hf` and `to_hf` translate Hugging Face's
 config.json (transformers 4 and 5) strictly: a key that is neither understood nor
 known to be harmless is refused, because a key that is ignored is a model that is
 wrong without saying so.
@@ -12,38 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxgpt import field_checks
+from jaxgpt import field_checks, rope_scaling
 from jaxgpt.errors import InputError, first
 from jaxgpt.field_checks import shortened
 from jaxgpt.hf_keys import ACTIVATION_NAMES, GPT2_NAMES, HARMLESS, REQUIRED_VALUES
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE frequencies are stretched beyond the trained context.
-
-    `linear` divides every frequency by `factor`; `llama3` divides only the slow
-    ones and blends in between (Llama 3.1; transformers `modeling_rope_utils.py`).
-    """
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        field_checks.one_of("rope_scaling.rope_type", self.rope_type, ("linear", "llama3"))
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            field_checks.positive(f"rope_scaling.{name}", getattr(self, name))
-        field_checks.size("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings)
-        if self.factor < 1.0:
-            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}")
-        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise InputError(
-                "rope_scaling.high_freq_factor must exceed low_freq_factor, got "
-                f"{self.high_freq_factor} and {self.low_freq_factor}"
-            )
+from jaxgpt.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -80,6 +53,10 @@ class ModelConfig:
     qkv_bias: bool = True
     attention_output_bias: bool = True
     mlp_bias: bool = True
+    qk_norm: bool = False
+    """Each head of queries and keys is normalised, with one weight (H,) for all heads, before RoPE (Qwen3)."""
+    sliding_window: int | None = None
+    """How many tokens each token attends to, itself included; None for all before it (Mistral)."""
     tie_word_embeddings: bool = True
     """The head is the token embedding."""
     rope_theta: float = 10000.0
@@ -104,6 +81,8 @@ class ModelConfig:
             field_checks.rate(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             field_checks.positive(name, getattr(self, name))
+        if self.sliding_window is not None:
+            field_checks.size("sliding_window", self.sliding_window)
         scaling: Any = self.rope_scaling
         if not isinstance(scaling, RopeScaling | None):
             raise InputError(f"rope_scaling must be null or an object with rope_type, got {shortened(scaling)}")
@@ -114,6 +93,8 @@ class ModelConfig:
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise InputError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise InputError(f"rope_theta must exceed 1 for yarn scaling, got {self.rope_theta}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
@@ -131,7 +112,7 @@ class ModelConfig:
             raise InputError(f"model config lacks {first(missing)}")
         plain = dict(values)
         if isinstance(plain.get("rope_scaling"), Mapping):
-            plain["rope_scaling"] = _scaling(plain["rope_scaling"])
+            plain["rope_scaling"] = RopeScaling.from_dict(plain["rope_scaling"])
         return cls(**plain)
 
 
@@ -150,6 +131,7 @@ _SWITCHES = (
     "qkv_bias",
     "attention_output_bias",
     "mlp_bias",
+    "qk_norm",
     "tie_word_embeddings",
 )
 _CHOICES = {
@@ -159,29 +141,6 @@ _CHOICES = {
 }
 
 
-def _scaling(values: Mapping[str, Any]) -> RopeScaling:
-    known = {f.name: f for f in dataclasses.fields(RopeScaling)}
-    unknown = sorted(map(str, values.keys() - known.keys()))
-    if unknown:
-        raise InputError(f"rope_scaling has unknown keys {first(unknown)}; this version knows {', '.join(known)}")
-    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
-    if missing:
-        raise InputError(f"rope_scaling lacks {first(missing)}")
-    return RopeScaling(**values)
-
-
-# -- Presets ---------------------------------------------------------------------------
-
-GPT2 = ModelConfig(
-    vocab_size=50304,  # 50,257 rounded up to a multiple of 64
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=12,
-    head_dim=64,
-    max_position_embeddings=1024,
-)
 LLAMA_STYLE: dict[str, Any] = {
     "position_embedding": "rope",
     "norm": "rmsnorm",
@@ -194,64 +153,11 @@ LLAMA_STYLE: dict[str, Any] = {
 """The fields in which Llama-class models differ from GPT-2."""
 QWEN2_STYLE: dict[str, Any] = LLAMA_STYLE | {"qkv_bias": True}
 
-PRESETS: dict[str, ModelConfig] = {
-    "gpt2": GPT2,
-    "tiny": dataclasses.replace(
-        GPT2,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=256,
-    ),
-    "llama-tiny": dataclasses.replace(
-        GPT2,
-        **LLAMA_STYLE,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-    ),
-    "qwen2-0.5b": ModelConfig(
-        **QWEN2_STYLE,
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_theta=1000000.0,
-    ),
-    "llama3-8b": ModelConfig(
-        **LLAMA_STYLE,
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-    ),
-}
-
-
 # -- Hugging Face config.json ----------------------------------------------------------
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Translate a Hugging Face config.json of `gpt2`, `llama` or `qwen2`.
+    """Translate a Hugging Face config.json of a type in `ARCHITECTURES`.
 
     Keys of transformers 5 (`rope_parameters`, `dtype`) win over those of 4.
     Missing keys take transformers' own defaults for that model type.
@@ -260,21 +166,20 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         InputError: another model type, an unknown key, or a value this model lacks.
     """
     model_type = hf.get("model_type")
-    readers = {"gpt2": _from_gpt2, "llama": _from_llama, "qwen2": _from_llama}
-    if not isinstance(model_type, str) or model_type not in readers:
-        raise InputError(f"config.json has model_type {shortened(model_type)}; jaxgpt reads {', '.join(readers)}")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise InputError(f"config.json has model_type {shortened(model_type)}; jaxgpt reads {', '.join(ARCHITECTURES)}")
     for key, allowed in REQUIRED_VALUES.items():
         if key in hf and hf[key] not in allowed:
             raise InputError(f"config.json has {key}={shortened(hf[key])}; jaxgpt supports {allowed[0]!r} only")
-    values, understood = readers[model_type](hf)
+    values, understood = (_from_gpt2 if model_type == "gpt2" else _from_llama)(hf)
     unknown = sorted(map(str, hf.keys() - understood - HARMLESS.keys() - REQUIRED_VALUES.keys()))
     if unknown:
         raise InputError(
             f"config.json has keys jaxgpt does not know: {first(unknown)}; remove them if they change nothing"
         )
     config = ModelConfig(**values)
-    # Its name table is chosen by the config's fields: they must say the same type.
-    if hf_model_type(config) != model_type:
+    # Its name table is chosen by the config's fields: they must allow this type.
+    if model_type not in hf_model_types(config):
         raise InputError(f"config.json says {model_type}, but its values are those of a {hf_model_type(config)}")
     return config
 
@@ -314,6 +219,7 @@ _LLAMA_NAMES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias"),
     *("attention_dropout", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("use_sliding_window", "sliding_window", "max_window_layers"),
 )
 
 
@@ -335,18 +241,43 @@ def _from_gpt2(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     return values, {*GPT2_NAMES, *_SAME_NAMES, "embd_pdrop", "attn_pdrop", "resid_pdrop"}
 
 
+@dataclass(frozen=True)
+class _Type:
+    """In what one Hugging Face type of the Llama class differs from the others."""
+
+    context: int
+    """Its max_position_embeddings where config.json does not say it; likewise the next two."""
+    kv_heads: int | None = None
+    """None for as many as query heads."""
+    head_dim: int | None = None
+    """None for the share of each head in the width."""
+    biases: tuple[str, ...] = ()
+    """Keys of biases that it reads."""
+    any_width: bool = False
+    """The heads need not divide the width."""
+
+
+_TYPES = {
+    "llama": _Type(2048, biases=("attention_bias", "mlp_bias")),
+    "mistral": _Type(131072, kv_heads=8, any_width=True),
+    "qwen2": _Type(32768, kv_heads=32),
+    "qwen3": _Type(32768, kv_heads=32, head_dim=128, biases=("attention_bias",), any_width=True),
+}
+"""Defaults are those of transformers 5.23, which are those of 4."""
+
+
 def _from_llama(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     _required(hf, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
-    is_qwen2 = hf["model_type"] == "qwen2"
-    layer_types = _given(hf, "layer_types", [])
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise InputError("config.json has layer_types other than full_attention; jaxgpt supports full_attention only")
-    attention_bias, mlp_bias = _switch(hf, "attention_bias", False), _switch(hf, "mlp_bias", False)
-    if is_qwen2 and (attention_bias or mlp_bias):
-        raise InputError("config.json of a qwen2 model has attention_bias or mlp_bias, which qwen2 does not read")
-    theta, scaling = _rope(hf)
-    hidden, heads = _heads(hf, "hidden_size", "num_attention_heads")
-    kv_heads = heads if "num_key_value_heads" in hf or not is_qwen2 else 32
+    model_type: str = hf["model_type"]
+    of_type = _TYPES[model_type]
+    biases = {key: _switch(hf, key, False) for key in ("attention_bias", "mlp_bias")}
+    unread = [key for key, has in biases.items() if has and key not in of_type.biases]
+    if unread:
+        raise InputError(f"config.json of a {model_type} model has {first(unread)}, which {model_type} does not read")
+    context = hf.get("max_position_embeddings", of_type.context)
+    theta, scaling = rope_scaling.read(hf, context)
+    hidden, heads, head_dim = _llama_heads(hf, of_type)
+    kv_heads = heads if "num_key_value_heads" in hf or of_type.kv_heads is None else of_type.kv_heads
     values = {
         **LLAMA_STYLE,
         **{key: hf[key] for key in ("vocab_size", "intermediate_size", "num_hidden_layers")},
@@ -354,13 +285,15 @@ def _from_llama(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         "num_attention_heads": heads,
         # null means as many as query heads; a missing key means transformers' default of the type.
         "num_key_value_heads": _given(hf, "num_key_value_heads", kv_heads),
-        "head_dim": _given(hf, "head_dim", hidden // heads),
-        "max_position_embeddings": hf.get("max_position_embeddings", 32768 if is_qwen2 else 2048),
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "hidden_act": _activation(hf.get("hidden_act", "silu")),
-        "qkv_bias": True if is_qwen2 else attention_bias,
-        "attention_output_bias": False if is_qwen2 else attention_bias,
-        "mlp_bias": mlp_bias,
+        "qkv_bias": model_type == "qwen2" or biases["attention_bias"],
+        "attention_output_bias": biases["attention_bias"],
+        "mlp_bias": biases["mlp_bias"],
+        "qk_norm": model_type == "qwen3",
+        "sliding_window": _window(hf, model_type),
         "tie_word_embeddings": _switch(hf, "tie_word_embeddings", False),
         "attn_pdrop": hf.get("attention_dropout", 0.0),
         "initializer_range": hf.get("initializer_range", 0.02),
@@ -370,80 +303,114 @@ def _from_llama(hf: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     return values, {*_SAME_NAMES, *_LLAMA_NAMES}
 
 
-_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-_SCALING_KEYS = {
-    "default": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
-"""Keys of each rope type; all are needed."""
+def _llama_heads(hf: Mapping[str, Any], of_type: _Type) -> tuple[int, int, Any]:
+    """(D, N, H); where H is not said and the type has none of its own, it is the share of a head in the width."""
+    head_dim = hf.get("head_dim", of_type.head_dim)
+    if of_type.head_dim is None and (head_dim is None or not of_type.any_width):
+        hidden, heads = _heads(hf, "hidden_size", "num_attention_heads")
+        return hidden, heads, _given(hf, "head_dim", hidden // heads)
+    return hf["hidden_size"], hf["num_attention_heads"], head_dim
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """Theta and scaling from `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
-    key, parameters = _rope_parameters(hf)
-    theta = _given(parameters, "rope_theta", _given(hf, "rope_theta", 10000.0))
-    rope_type: Any = parameters.get("rope_type", parameters.get("type", "default"))
-    field_checks.one_of(f"config.json: rope_type of {key}", rope_type, tuple(_SCALING_KEYS))
-    needed = _SCALING_KEYS[rope_type]
-    missing, unknown = sorted(needed - parameters.keys()), sorted(map(str, parameters.keys() - needed - _ROPE_KEYS))
-    if missing:
-        raise InputError(f"config.json has rope type {rope_type!r} without {first(missing)}")
-    if unknown:
+def _window(hf: Mapping[str, Any], model_type: str) -> Any:
+    """The sliding window that every layer has; None for none.
+
+    Raises:
+        InputError: layers differ, or the type does not read a window that is switched on.
+    """
+    layers = hf["num_hidden_layers"]
+    field_checks.size("config.json: num_hidden_layers", layers)
+    switched_on = _switch(hf, "use_sliding_window", False)
+    if switched_on and model_type not in ("qwen2", "qwen3"):
+        raise InputError(f"config.json has use_sliding_window=True, which {model_type} does not read; remove it")
+    window = hf.get("sliding_window", 4096) if switched_on or model_type == "mistral" else None
+    sliding = 0 if window is None else layers
+    if switched_on and window is not None:
+        begins = hf.get("max_window_layers", 28)
+        field_checks.count("config.json: max_window_layers", begins)
+        sliding = max(0, layers - begins)
+    kinds: Any = _given(hf, "layer_types", [])
+    if not isinstance(kinds, list) or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise InputError("config.json has layer_types other than full_attention and sliding_attention")
+    if kinds:
+        sliding = layers * kinds.count("sliding_attention") / len(kinds)
+    if sliding == 0 and (model_type != "mistral" or window is None):
+        return None
+    if sliding != layers or window is None:
         raise InputError(
-            f"config.json has rope type {rope_type!r} with {first(unknown)}, which it does not read; "
-            "check rope_type, or remove them"
+            "config.json has a sliding window in some layers only; jaxgpt has it in all layers or in none: "
+            "check layer_types, max_window_layers and sliding_window"
         )
-    return theta, RopeScaling(rope_type, **{name: parameters[name] for name in needed}) if needed else None
-
-
-def _rope_parameters(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The key that is read, and its object."""
-    key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    parameters = _given(hf, key, {})
-    if not isinstance(parameters, Mapping):
-        raise InputError(f"config.json has {key}={shortened(parameters)}; expected an object with rope_type")
-    if parameters.get("partial_rotary_factor") not in REQUIRED_VALUES["partial_rotary_factor"]:
-        raise InputError(f"config.json has partial_rotary_factor in {key}; jaxgpt rotates whole heads only")
-    return key, parameters
+    return window
 
 
 def hf_model_type(config: ModelConfig) -> str:
-    """The Hugging Face model type that this config is, decided by its fields.
+    """The first Hugging Face model type that this config is.
 
     Raises:
         InputError: no such type exists, naming the fields that fit none.
     """
+    types = hf_model_types(config)
+    if types:
+        return types[0]
     c = config
-    if c.position_embedding == "learned" and c.norm == "layernorm" and not c.gated_mlp:
-        biased = c.qkv_bias and c.attention_output_bias and c.mlp_bias
-        square = c.num_key_value_heads == c.num_attention_heads and c.head_dim * c.num_attention_heads == c.hidden_size
-        if biased and square:
-            return "gpt2"
-    # transformers refuses a width that the heads do not divide, whatever head_dim is.
-    divisible = c.hidden_size % c.num_attention_heads == 0
-    if c.position_embedding == "rope" and c.norm == "rmsnorm" and c.gated_mlp and divisible:
-        if c.qkv_bias == c.attention_output_bias:
-            return "llama"
-        if c.qkv_bias and not c.mlp_bias:
-            return "qwen2"
     raise InputError(
-        "this architecture has no Hugging Face model type (gpt2, llama, qwen2): "
+        f"this architecture has no Hugging Face model type ({', '.join(ARCHITECTURES)}): "
         f"position_embedding={c.position_embedding}, norm={c.norm}, gated_mlp={c.gated_mlp}, "
         f"qkv_bias={c.qkv_bias}, attention_output_bias={c.attention_output_bias}, mlp_bias={c.mlp_bias}, "
+        f"qk_norm={c.qk_norm}, sliding_window={c.sliding_window}, "
         f"heads={c.num_attention_heads}x{c.head_dim}, hidden_size={c.hidden_size}"
     )
 
 
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+def hf_model_types(config: ModelConfig) -> tuple[str, ...]:
+    """Every Hugging Face model type that this config is, decided by its fields; empty for none.
+
+    More than one where types differ in their defaults alone: a Mistral without a window is a Llama.
+    """
+    c = config
+    if (c.position_embedding, c.norm, c.gated_mlp) == ("learned", "layernorm", False):
+        biased = c.qkv_bias and c.attention_output_bias and c.mlp_bias
+        square = c.num_key_value_heads == c.num_attention_heads and c.head_dim * c.num_attention_heads == c.hidden_size
+        plain = not c.qk_norm and c.sliding_window is None
+        return ("gpt2",) if biased and square and plain else ()
+    if (c.position_embedding, c.norm, c.gated_mlp) != ("rope", "rmsnorm", True):
+        return ()
+    same = c.qkv_bias == c.attention_output_bias
+    fits = {
+        "llama": same and not c.qk_norm and c.sliding_window is None,
+        "mistral": same and not (c.qk_norm or c.qkv_bias or c.mlp_bias),
+        "qwen2": c.qkv_bias and not (c.attention_output_bias or c.qk_norm or c.mlp_bias),
+        "qwen3": same and c.qk_norm and not c.mlp_bias,
+    }
+    # transformers refuses a Llama whose width the heads do not divide, whatever head_dim is.
+    divisible = c.hidden_size % c.num_attention_heads == 0
+    return tuple(name for name, fit in fits.items() if fit and (divisible or _TYPES[name].any_width))
 
 
-def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def to_hf(config: ModelConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
     """config.json for stock transformers, keys of both 4 and 5; inverse of `from_hf`.
 
-    `dtype` is the weights' dtype name, e.g. "float32".
+    Args:
+        config: the model.
+        dtype: the weights' dtype name, e.g. "float32".
+        model_type: one of `hf_model_types`, by default the first.
+
+    Raises:
+        InputError: the config has no Hugging Face type, or not this one.
     """
-    model_type = hf_model_type(config)
+    model_type = model_type or hf_model_type(config)
+    if model_type not in hf_model_types(config):
+        raise InputError(f"this model is no {model_type}: its values are those of a {hf_model_type(config)}")
     shared = {
         "model_type": model_type,
         "architectures": [ARCHITECTURES[model_type]],
@@ -465,23 +432,25 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def _to_llama(config: ModelConfig, model_type: str) -> dict[str, Any]:
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act", "rope_theta")  # fmt: skip
-    scaling = _scaling_keys(config.rope_scaling)
+    scaling = rope_scaling.keys(config.rope_scaling)
     values: dict[str, Any] = {name: getattr(config, name) for name in same}
     values["attention_dropout"] = config.attn_pdrop
     values["rope_scaling"] = scaling or None
     values["rope_parameters"] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
-    if model_type == "llama":
-        values |= {"head_dim": config.head_dim, "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    else:
-        values["use_sliding_window"] = False
-        if config.head_dim * config.num_attention_heads != config.hidden_size:
-            values["head_dim"] = config.head_dim
+    if model_type != "qwen2" or config.head_dim * config.num_attention_heads != config.hidden_size:
+        values["head_dim"] = config.head_dim
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    values |= {key: biases[key] for key in _TYPES[model_type].biases}
+    if model_type == "mistral":
+        values["sliding_window"] = config.sliding_window
+    if model_type in ("qwen2", "qwen3"):
+        values |= _window_keys(config)
     return values
 
 
-def _scaling_keys(scaling: RopeScaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {}
-    if scaling.rope_type == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return dataclasses.asdict(scaling)
+def _window_keys(config: ModelConfig) -> dict[str, Any]:
+    """Of Qwen's types, which may have a window in the layers from one on."""
+    if config.sliding_window is None:
+        return {"use_sliding_window": False}
+    window = {"sliding_window": config.sliding_window, "max_window_layers": 0}
+    return {"use_sliding_window": True, **window, "layer_types": ["sliding_attention"] * config.num_hidden_layers}

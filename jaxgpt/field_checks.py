@@ -14,6 +14,12 @@ def size(name: str, value: object) -> None:
         raise InputError(f"{name} must be a positive integer below 2^31, got {shortened(value)}")
 
 
+def count(name: str, value: object) -> None:
+    """Like a size, but may be 0: raises InputError unless it is an integer in [0, 2^31)."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        raise InputError(f"{name} must be an integer from 0 to 2^31 - 1, got {shortened(value)}")
+
+
 def positive(name: str, value: Any) -> None:
     """Raises InputError unless it is a positive number that float32 holds as one."""
     if not _is_number(value) or not 1e-38 <= value <= 1e38:

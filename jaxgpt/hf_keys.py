@@ -43,8 +43,6 @@ HARMLESS = {
     "id2label": "classification head",
     "label2id": "classification head",
     "problem_type": "classification head",
-    "max_window_layers": "read only with use_sliding_window",
-    "sliding_window": "read only with use_sliding_window",
     "partial_rotary_factor": "checked below",
 }
 """config.json keys that change nothing here, each with the reason."""
@@ -56,7 +54,6 @@ REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "is_decoder": (True, False),
     "is_encoder_decoder": (False,),
-    "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0, 1, None),
     "tie_encoder_decoder": (False,),
 }

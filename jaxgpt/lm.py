@@ -70,8 +70,10 @@ class LM:
         )
 
     def _stop_ids(self, checkpoint: Checkpoint) -> tuple[int, ...]:
-        """Every end the tokenizer and the generation config name; never a literal id."""
-        own = self.tokenizer.stop_ids if self.tokenizer else ()
+        """Every end the tokenizer, the template and the generation config name; never a literal id."""
+        own = {*self.tokenizer.stop_ids} if self.tokenizer else set[int]()
+        if self.tokenizer and self.template:
+            own.add(self.tokenizer.special(self.template.end).id)
         return tuple(sorted({*own, *checkpoint.eos_token_ids}))
 
     def logits(self, ids: Any) -> Float[np.ndarray, "B T V"]:
@@ -106,7 +108,7 @@ class LM:
         if isinstance(prompt, str):
             tokenizer = self._tokenizer("a text prompt")
             # Training text starts after an end of text; so does an empty prompt.
-            return tokenizer.encode(prompt) or [tokenizer.special("end_of_text").id]
+            return [*tokenizer.bos_ids, *tokenizer.encode(prompt)] or [tokenizer.special("end_of_text").id]
         if _is_conversation(prompt):
             if self.template is None:
                 raise InputError("the checkpoint has no chat template; give text or ids instead of messages")

@@ -1,4 +1,4 @@
-"""One decoder for GPT-2, Llama and Qwen2: the ops of `jaxgpt.ops`, in the order of `jaxgpt.taps`.
+"""One decoder for GPT-2, Llama, Mistral and Qwen: the ops of `jaxgpt.ops`, in the order of `jaxgpt.taps`.
 
 Read in this order: `run` (how the table of ops becomes a model), `forward` and
 `forward_cached` (the two ways in), `Transformer` (the same parameters as a Flax

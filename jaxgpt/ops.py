@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.rope_scaling import RopeScaling
 
 Leaves = Mapping[str, Array]
 """One module's parameters: `weight`, `kernel`, `bias`."""
@@ -37,7 +38,7 @@ def angles(config: ModelConfig, p: Leaves, positions: Int[Array, "B T"]) -> Floa
 
 
 def rope_frequencies(config: ModelConfig) -> list[float]:
-    """H / 2 angular frequencies, after linear or llama3 scaling (transformers' modeling_rope_utils)."""
+    """H / 2 angular frequencies, after the config's scaling (transformers' modeling_rope_utils)."""
     half = config.head_dim // 2
     plain = [config.rope_theta ** (-i / half) for i in range(half)]
     scaling = config.rope_scaling
@@ -45,17 +46,35 @@ def rope_frequencies(config: ModelConfig) -> list[float]:
         return plain
     if scaling.rope_type == "linear":
         return [f / scaling.factor for f in plain]
-    return [_llama3_frequency(f, config) for f in plain]
+    if scaling.rope_type == "llama3":
+        return [_llama3_frequency(f, scaling) for f in plain]
+    begin, end = _yarn_range(config, scaling)
+    shares = [min(max((i - begin) / (end - begin), 0.0), 1.0) for i in range(half)]
+    return [(1 - share) * f + share * f / scaling.factor for f, share in zip(plain, shares, strict=True)]
 
 
-def _llama3_frequency(frequency: float, config: ModelConfig) -> float:
+def _llama3_frequency(frequency: float, s: RopeScaling) -> float:
     """Fast frequencies stay, slow ones are divided, those between are blended (Llama 3.1)."""
-    s = config.rope_scaling
-    assert s is not None
     turns = s.original_max_position_embeddings * frequency / (2 * math.pi)
     blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     blend = min(max(blend, 0.0), 1.0)
     return (1 - blend) * frequency / s.factor + blend * frequency
+
+
+def _yarn_range(config: ModelConfig, s: RopeScaling) -> tuple[float, float]:
+    """The pairs between which yarn goes over from plain to divided frequencies (Peng et al. 2023, section 3.2)."""
+
+    def pair(turns: float) -> float:
+        """Which pair turns so often in the old context, as a real number."""
+        reach = math.log(s.original_max_position_embeddings / (turns * 2 * math.pi))
+        return config.head_dim * reach / (2 * math.log(config.rope_theta))
+
+    begin, end = pair(float(s.beta_fast)), pair(float(s.beta_slow))
+    if s.truncate:
+        begin, end = float(math.floor(begin)), float(math.ceil(end))
+    begin, end = max(begin, 0.0), min(end, config.head_dim - 1.0)
+    # A ramp of no length is a step, as transformers has it.
+    return begin, end if begin != end else end + 0.001
 
 
 def attention_mask(
@@ -66,8 +85,10 @@ def attention_mask(
     segments: Int[Array, "B T"] | None,
     key_segments: Int[Array, "B S"] | None,
 ) -> Bool[Array, "B 1 T S"]:
-    """True where a token may attend: not to a later slot, nor to another document."""
+    """True where a token may attend: not to a later slot, another document or one before its window."""
     allowed = key_slots[None, None, :] <= slots[:, :, None]
+    if config.sliding_window is not None:
+        allowed &= key_slots[None, None, :] > slots[:, :, None] - config.sliding_window
     if segments is not None and key_segments is not None:
         allowed &= segments[:, :, None] == key_segments[:, None, :]
     return allowed[:, None]
@@ -76,8 +97,8 @@ def attention_mask(
 # -- Norms and projections -------------------------------------------------------------
 
 
-def norm(config: ModelConfig, p: Leaves, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), in float32."""
+def norm(config: ModelConfig, p: Leaves, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) of the stream or of each head, in float32."""
     wide = x.astype(jnp.float32)
     if config.norm == "layernorm":
         wide = wide - wide.mean(-1, keepdims=True)
@@ -120,8 +141,12 @@ def split_kv_heads(config: ModelConfig, p: Leaves, x: Float[Array, "B T O"]) -> 
 def rope(
     config: ModelConfig, p: Leaves, x: Float[Array, "B N T H"], angles: Float[Array, "B T R"]
 ) -> Float[Array, "B N T H"]:
-    """Rotate pairs (i, i + H/2): the half-split convention of Hugging Face, not the interleaved one."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    """Rotate pairs (i, i + H/2): the half-split convention of Hugging Face, not the interleaved one.
+
+    yarn lengthens what it rotates by `RopeScaling.magnitude`.
+    """
+    magnitude = config.rope_scaling.magnitude if config.rope_scaling else 1.0
+    cos, sin = magnitude * jnp.cos(angles)[:, None], magnitude * jnp.sin(angles)[:, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

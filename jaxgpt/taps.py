@@ -16,10 +16,10 @@ H head dim, F feed-forward, V vocabulary):
 | layers.i.attn_norm                    | B T D        | layers.i.mlp.gate, up, act | B T F |
 | layers.i.attn.q / k / v               | B T N·H, K·H | layers.i.mlp.down    | B T D     |
 | layers.i.attn.q_heads / k_heads / v_heads | B N T H, B K T H | layers.i.mlp_residual | B T D |
-| layers.i.attn.q_rope / k_rope         | as heads     | final_norm           | B T D     |
-| layers.i.attn.keys / values (cached)  | B K S H      | logits               | B T V     |
-| layers.i.attn.scores, masked, weights | B N T S      |                      |           |
-| layers.i.attn.context                 | B N T H      | layers.i.attn.merged | B T N·H   |
+| layers.i.attn.q_norm / k_norm         | as heads     | final_norm           | B T D     |
+| layers.i.attn.q_rope / k_rope         | as heads     | logits               | B T V     |
+| layers.i.attn.keys / values (cached)  | B K S H      | layers.i.attn.merged | B T N·H   |
+| layers.i.attn.scores, masked, weights | B N T S      | layers.i.attn.context | B N T H  |
 """
 
 from collections.abc import Iterator
@@ -105,7 +105,7 @@ def layer_ops(config: ModelConfig, layer: int, wiring: Wiring) -> Iterator[Op]:
 
 
 def attention_ops(config: ModelConfig, layer: int, wiring: Wiring, stream: str) -> Iterator[Op]:
-    """Norm, q/k/v, rotation, cache, attention, output projection, residual."""
+    """Norm, q/k/v, their norms, rotation, cache, attention, output projection, residual."""
     at = f"layers.{layer}"
     attn = f"{at}.attn"
     yield Op(f"{at}.attn_norm", "norm", (stream,), f"{at}.attn_norm")
@@ -113,6 +113,10 @@ def attention_ops(config: ModelConfig, layer: int, wiring: Wiring, stream: str) 
         yield Op(f"{attn}.{name}", "projection", (f"{at}.attn_norm",), f"{attn}.{name}")
         yield Op(f"{attn}.{name}_heads", split, (f"{attn}.{name}",))
     q, k, v = f"{attn}.q_heads", f"{attn}.k_heads", f"{attn}.v_heads"
+    if config.qk_norm:
+        yield Op(f"{attn}.q_norm", "norm", (q,), f"{attn}.q_norm")
+        yield Op(f"{attn}.k_norm", "norm", (k,), f"{attn}.k_norm")
+        q, k = f"{attn}.q_norm", f"{attn}.k_norm"
     if config.position_embedding == "rope":
         yield Op(f"{attn}.q_rope", "rope", (q, "rope.angles"))
         yield Op(f"{attn}.k_rope", "rope", (k, "rope.angles"))

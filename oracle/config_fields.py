@@ -21,7 +21,7 @@ from torchref.config import GPT2Config, LlamaConfig, Rope
 
 STOPS = "eos_token_ids"
 CONTEXT = "max_position_embeddings"
-_DEFAULT_CONTEXT = {"llama": 2048, "qwen2": 32768}
+_DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 """Of transformers' config classes, where config.json does not say it."""
 _ACTIVATIONS = {"gelu_tanh": "gelu_new"}
 """torchref's names where ours are others."""
@@ -33,33 +33,46 @@ def findings(comparison: Comparison) -> list[Finding]:
     file = "the reference's config.json" if comparison.source else "the export's config.json"
     expected = _expected(comparison) | _stops(comparison)
     unlike = {name: value for name, value in expected.items() if ours[name] != value}
-    said = {name: f"the checkpoint has {_shown(ours[name])}, {file} says {_shown(unlike[name])}" for name in unlike}
+    said = {
+        name: f"the checkpoint has {_shown(name, ours[name])}, {file} says {_shown(name, theirs)}"
+        for name, theirs in unlike.items()
+    }
     return [Finding(CONFIG_FIELD + name, "", ok=False, problem=problem) for name, problem in said.items()]
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         kind, *numbers = value
-        return f"{kind} ({', '.join(f'{name} {number}' for name, number in zip(_SCALING, numbers, strict=False))})"
+        return f"{kind} ({', '.join(f'{name} {number}' for name, number in zip(_READ[kind], numbers, strict=True))})"
     if value == []:
         return "none"
-    return f"{value:,}" if type(value) is int else "no scaling" if value is None else str(value)
+    return f"{value:,}" if type(value) is int else _ABSENT[name] if value is None else str(value)
 
 
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ABSENT = {"rope_scaling": "no scaling", "sliding_window": "no window"}
+
+
+_READ: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+        *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""What each kind of scaling reads."""
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scaling as what its kind reads; one by 1 is none."""
     scaling = config["rope_scaling"]
-    return {**config, "rope_scaling": _scaling(**scaling) if scaling else None}
+    return {**config, "rope_scaling": _scaling(scaling["rope_type"], scaling) if scaling else None}
 
 
-def _scaling(rope_type: str, factor: float, **of_llama3: float) -> Any:
-    if factor == 1:
+def _scaling(kind: str, values: Mapping[str, Any]) -> Any:
+    if values["factor"] == 1 and (kind != "yarn" or values["attention_factor"] in (None, 1)):
         return None
-    read = _SCALING[1:] if rope_type == "llama3" else ()
-    return (rope_type, factor, *(of_llama3[name] for name in read))
+    return (kind, *(values[name] for name in _READ[kind]))
 
 
 # -- The reference's side --------------------------------------------------------------
@@ -100,6 +113,8 @@ def _of_gpt2(config: GPT2Config) -> dict[str, Any]:
         "hidden_act": _ACTIVATIONS.get(config.activation, config.activation),
         "gated_mlp": False,
         **dict.fromkeys(("qkv_bias", "attention_output_bias", "mlp_bias"), True),
+        "qk_norm": False,
+        "sliding_window": None,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
 
@@ -107,6 +122,7 @@ def _of_gpt2(config: GPT2Config) -> dict[str, Any]:
 _SAME_NAMES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "qkv_bias", "mlp_bias", "tie_word_embeddings"),
+    *("qk_norm", "sliding_window"),
 )
 
 
@@ -124,10 +140,7 @@ def _of_llama(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _scaling_of(rope: Rope) -> Any:
-    if rope.kind == "default" or rope.factor == 1:
-        return None
-    read = _SCALING if rope.kind == "llama3" else _SCALING[:1]
-    return (rope.kind, *(getattr(rope, name) for name in read))
+    return None if rope.kind == "default" else _scaling(rope.kind, vars(rope))
 
 
 # -- One field -------------------------------------------------------------------------

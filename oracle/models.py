@@ -56,6 +56,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 24}
 _QWEN2: Config = {
     **{key: value for key, value in _LLAMA.items() if key != "head_dim"},
     "model_type": "qwen2",
@@ -80,6 +81,9 @@ MODELS: dict[str, Config] = {
     },
     "llama3-scaling": {**_LLAMA, "rope_parameters": _LLAMA3},
     "qwen2-tied": _QWEN2,
+    "qwen3": {**_LLAMA, "model_type": "qwen3", "hidden_size": 44, "head_dim": 10, "tie_word_embeddings": True},
+    "mistral-window": {**_LLAMA, "model_type": "mistral", "sliding_window": 13},
+    "qwen3-yarn-biased": {**_LLAMA, "model_type": "qwen3", "attention_bias": True, "rope_parameters": _YARN},
     "gpt2-long": {
         **_GPT2,
         "vocab_size": 127,

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.config import PRESETS, ModelConfig, RopeScaling, from_hf, hf_model_type, to_hf
+from jaxgpt.config import ModelConfig, RopeScaling, from_hf, hf_model_type, hf_model_types, to_hf
 from jaxgpt.errors import InputError
 from jaxgpt.hf_keys import HARMLESS, REQUIRED_VALUES
+from jaxgpt.presets import PRESETS
 
-GPT2, LLAMA, QWEN2 = (to_hf(conftest.CONFIGS[name], "float32") for name in ("gpt2", "llama", "qwen2"))
-FILES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2}
+FILES = {name: to_hf(conftest.CONFIGS[name], "float32") for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3")}
+GPT2, LLAMA, MISTRAL, QWEN2, QWEN3 = FILES.values()
 OLD = {key: value for key, value in LLAMA.items() if key != "rope_parameters"}
 """As transformers 4 writes it."""
 
@@ -39,7 +40,7 @@ ADVERSARIAL = st.one_of(
     st.sampled_from([10**400, -(10**400), 2**31, 2**63, float("nan"), float("inf"), -float("inf"), 1e-320, 0.5]),
     st.floats(),
     st.text(max_size=4),
-    st.sampled_from(["silu", "gelu", "linear", "llama3", "default", "full_attention", "qwen2", "llama", "gpt2"]),
+    st.sampled_from(["silu", "gelu", "linear", "llama3", "yarn", "default", "full_attention", *FILES]),
     st.lists(st.sampled_from(["full_attention", "sliding_attention", 1, None, {}]), max_size=2),
 )
 ROPE = st.dictionaries(
@@ -49,7 +50,8 @@ ROPE = st.dictionaries(
     max_size=6,
 )
 ANY = ADVERSARIAL | ROPE
-KEYS = sorted({*GPT2, *LLAMA, *QWEN2, *HARMLESS, *REQUIRED_VALUES, "layer_types", "head_dim", "n_inner", "rope_theta"})
+WINDOW = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+KEYS = sorted({*GPT2, *LLAMA, *QWEN2, *HARMLESS, *REQUIRED_VALUES, *WINDOW, "head_dim", "n_inner", "rope_theta"})
 
 
 def config_or_message(read: Callable[[dict[str, Any]], ModelConfig], values: dict[str, Any]) -> ModelConfig | str:
@@ -67,8 +69,9 @@ def test_whatever_a_config_json_says_is_a_config_or_one_line(model_type: str, ch
         assert outcome.isprintable()
         assert len(outcome) < 600
     else:
-        assert hf_model_type(outcome) == changes.get("model_type", model_type)
-        assert from_hf(to_hf(outcome, "float32")) == outcome
+        said = changes.get("model_type", model_type)
+        assert said in hf_model_types(outcome)
+        assert from_hf(to_hf(outcome, "float32", said)) == outcome
 
 
 @settings(deadline=None)
@@ -88,7 +91,7 @@ def test_from_dict_is_the_inverse_of_to_dict(config: ModelConfig):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flux": 1, "flax": 2}, "model config has unknown keys flax, flux; this version knows 23 fields"),
+        ({"flux": 1, "flax": 2}, "model config has unknown keys flax, flux; this version knows 25 fields"),
         (
             {"rope_scaling": {"rope_type": "linear", "beta": 1}},
             "rope_scaling has unknown keys beta; this version knows",
@@ -129,6 +132,7 @@ def test_a_missing_field_is_named():
 # -- Hugging Face ----------------------------------------------------------------------
 
 TYPES = {name: name.split("-")[0].replace("llama3", "llama") for name in conftest.CONFIGS}
+"""A Mistral without a window would be a Llama."""
 
 
 @pytest.mark.parametrize("name", conftest.CONFIGS)
@@ -154,8 +158,14 @@ def test_every_preset_can_be_exported(name: str):
         ("gpt2", {"norm": "rmsnorm"}),
         ("llama", {"gated_mlp": False}),
         ("llama", {"attention_output_bias": True}),
-        ("llama", {"hidden_size": 44}),  # stock transformers refuses a width that 6 heads do not divide
+        # Stock transformers refuses a Llama's width that 6 heads do not divide.
+        ("llama", {"hidden_size": 44, "mlp_bias": True}),
         ("qwen2", {"mlp_bias": True}),
+        ("gpt2", {"qk_norm": True}),
+        ("gpt2", {"sliding_window": 5}),
+        ("llama-biased-tied", {"sliding_window": 5}),
+        ("qwen2", {"qk_norm": True}),
+        ("qwen3", {"mlp_bias": True}),
     ],
 )
 def test_an_architecture_of_no_hugging_face_type_is_refused_with_its_fields(name: str, changes: dict[str, Any]):
@@ -200,19 +210,36 @@ def test_a_key_that_would_be_ignored_is_refused(model_type: str, key: str):
     assert message == f"config.json has keys jaxgpt does not know: {key}; remove them if they change nothing"
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({"model_type": "qwen3"}, "config.json has model_type 'qwen3'; jaxgpt reads gpt2, llama, qwen2"),
-        ({}, "config.json has model_type None; jaxgpt reads gpt2, llama, qwen2"),
+        (
+            {"model_type": "mamba"},
+            "config.json has model_type 'mamba'; jaxgpt reads gpt2, llama, mistral, qwen2, qwen3",
+        ),
+        ({}, "config.json has model_type None; jaxgpt reads gpt2, llama, mistral, qwen2, qwen3"),
         ({"model_type": ["llama"]}, "config.json has model_type ['llama']; jaxgpt reads"),
         (without(LLAMA, "vocab_size", "hidden_size"), "config.json lacks vocab_size, hidden_size"),
         (without(GPT2, "n_positions"), "config.json lacks n_positions"),
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights=False; jaxgpt supports True only"),
-        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window=True; jaxgpt supports False only"),
-        (LLAMA | {"layer_types": ["sliding_attention"]}, "layer_types other than full_attention"),
+        (LLAMA | {"use_sliding_window": True}, "has use_sliding_window=True, which llama does not read"),
+        (MISTRAL | {"use_sliding_window": True}, "has use_sliding_window=True, which mistral does not read"),
+        (LLAMA | {"layer_types": ["sliding_attention"]}, "a sliding window in some layers only"),
+        (QWEN3 | {"layer_types": ["sliding_attention"] * 2}, "a sliding window in some layers only"),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, "check layer_types, max_window_layers and"),
+        (QWEN2 | {"use_sliding_window": True, "layer_types": [FULL, SLIDING]}, "a sliding window in some layers only"),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers must be an integer from 0"),
+        (QWEN2 | {"use_sliding_window": 1}, "config.json: use_sliding_window must be true or false, got 1"),
+        (MISTRAL | {"layer_types": [FULL] * 2}, "a sliding window in some layers only"),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window must be a positive integer below 2^31, got 0"),
         (LLAMA | {"layer_types": 3}, "layer_types other than full_attention"),
+        (LLAMA | {"layer_types": ["chunked_attention"]}, "layer_types other than full_attention and sliding_attention"),
         (QWEN2 | {"attention_bias": True}, "which qwen2 does not read"),
+        (QWEN3 | {"mlp_bias": True}, "config.json of a qwen3 model has mlp_bias, which qwen3 does not read"),
+        (MISTRAL | {"attention_bias": True}, "of a mistral model has attention_bias, which mistral does not read"),
         (LLAMA | {"attention_bias": 1}, "config.json: attention_bias must be true or false, got 1"),
         (LLAMA | {"tie_word_embeddings": "no"}, "config.json: tie_word_embeddings must be true or false, got 'no'"),
         (LLAMA | {"num_attention_heads": 0}, "config.json: num_attention_heads must be a positive integer"),
@@ -233,8 +260,17 @@ def test_bad_values_are_refused_with_the_key_and_the_value(hf: dict[str, Any], m
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type of rope_scaling must be one of default, linear, llama3; got"),
-        ({"type": "dynamic", "factor": 4.0}, "rope_type of rope_scaling must be one of default, linear, llama3; got"),
+        ({"rope_type": "longrope"}, "rope_type of rope_scaling must be one of default, linear, llama3, yarn; got"),
+        ({"type": "dynamic", "factor": 4.0}, "rope_type of rope_scaling must be one of default, linear, llama3, yarn;"),
+        ({"rope_type": "yarn"}, "rope type 'yarn' without factor"),
+        ({"rope_type": "yarn", "factor": 4.0, "finetuned": True}, "rope type 'yarn' with finetuned, which it does not"),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "truncate": None},
+            "rope_scaling.truncate must be true or false, got None",
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_slow": 32}, "beta_fast must exceed beta_slow, got 32.0 and 32"),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1}, "rope_theta must exceed 1 for yarn scaling, got 1"),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": 0}, "rope_scaling.mscale must be a positive number, got 0"),
         ({"factor": 2.0}, "rope type 'default' with factor, which it does not read"),
         ({"rope_type": "linear"}, "rope type 'linear' without factor"),
         (
@@ -269,6 +305,50 @@ def test_the_rope_keys_of_transformers_5_win_and_no_theta_is_10000():
     assert from_hf({**OLD, **old, **new}).rope_scaling == RopeScaling("linear", 3.0)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+
+
+def test_yarn_is_read_from_the_keys_of_transformers_4_and_5_and_missing_ones_are_its_defaults():
+    plain = RopeScaling("yarn", 4.0, original_max_position_embeddings=24)
+    assert from_hf({**OLD, "rope_scaling": {**without(YARN, "rope_type"), "type": "yarn"}}).rope_scaling == plain
+    new = from_hf({**without(OLD, "rope_theta"), "rope_parameters": {**YARN, "rope_theta": 500.0}})
+    assert (new.rope_scaling, new.rope_theta) == (plain, 500.0)
+    nulls = dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"))
+    assert from_hf({**OLD, "rope_scaling": {**YARN, **nulls}}).rope_scaling == plain
+    short = from_hf({**OLD, "rope_scaling": without(YARN, "original_max_position_embeddings")}).rope_scaling
+    assert short == RopeScaling("yarn", 4.0, original_max_position_embeddings=96), "the model's own context"
+    told = {"attention_factor": 0.9, "beta_fast": 20.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.3}
+    every = from_hf({**OLD, "rope_scaling": {**YARN, **told, "truncate": False}})
+    assert every.rope_scaling == RopeScaling.from_dict({**YARN, **told, "truncate": False})
+    assert to_hf(every, "float32")["rope_scaling"] == {**YARN, **told, "truncate": False}
+    assert to_hf(new, "float32")["rope_parameters"] == {**YARN, "rope_theta": 500.0}, "what is the default is not said"
+
+
+def test_a_window_is_read_as_transformers_reads_it_of_each_type():
+    switched = QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+    assert from_hf(switched).sliding_window == 7
+    assert from_hf(switched | {"layer_types": [SLIDING] * 2}).sliding_window == 7
+    assert from_hf(switched | {"max_window_layers": 2}).sliding_window is None, "no layer is left for it"
+    assert from_hf(switched | {"layer_types": [FULL] * 2}).sliding_window is None, "layer_types are what counts"
+    assert from_hf(switched | {"sliding_window": None}).sliding_window is None
+    assert from_hf(QWEN2 | {"sliding_window": 7}).sliding_window is None
+    assert from_hf(without(switched, "sliding_window")).sliding_window == 4096
+    assert from_hf(without(MISTRAL, "sliding_window")).sliding_window == 4096
+    assert from_hf(MISTRAL | {"layer_types": [SLIDING] * 2}).sliding_window == 11
+    assert from_hf(LLAMA | {"sliding_window": 7}).sliding_window is None, "a Llama has none"
+
+
+def test_a_mistral_without_a_window_is_a_llama_and_may_be_written_as_either():
+    config = from_hf(MISTRAL | {"sliding_window": None})
+    assert hf_model_types(config) == ("llama", "mistral")
+    assert to_hf(config, "float32")["model_type"] == "llama"
+    as_mistral = to_hf(config, "float32", "mistral")
+    assert (as_mistral["model_type"], as_mistral["sliding_window"]) == ("mistral", None)
+    assert from_hf(as_mistral) == config
+    with pytest.raises(InputError, match="this model is no qwen3: its values are those of a llama"):
+        to_hf(config, "float32", "qwen3")
+
+
 def test_missing_keys_take_transformers_defaults_of_the_type():
     wider = {**LLAMA, "hidden_size": 48}
     llama = from_hf(without(wider, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"))
@@ -277,6 +357,14 @@ def test_missing_keys_take_transformers_defaults_of_the_type():
     qwen2 = {**QWEN2, "hidden_size": 64 * 14, "num_attention_heads": 64}
     assert from_hf(without(qwen2, "num_key_value_heads")).num_key_value_heads == 32
     assert from_hf({**qwen2, "num_key_value_heads": None}).num_key_value_heads == 64
+    mistral = from_hf(without(MISTRAL | {"num_attention_heads": 16}, "num_key_value_heads", "max_position_embeddings"))
+    assert (mistral.num_key_value_heads, mistral.max_position_embeddings) == (8, 131072)
+    qwen3 = {**without(QWEN3, "num_key_value_heads", "head_dim", "max_position_embeddings"), "num_attention_heads": 64}
+    of_qwen3 = from_hf(qwen3)
+    assert (of_qwen3.num_key_value_heads, of_qwen3.head_dim, of_qwen3.max_position_embeddings) == (32, 128, 32768)
+    assert (of_qwen3.qk_norm, of_qwen3.qkv_bias, of_qwen3.attention_output_bias) == (True, False, False)
+    biased = from_hf({**qwen3, "attention_bias": True})
+    assert (biased.qkv_bias, biased.attention_output_bias) == (True, True)
     gpt2 = from_hf(without(GPT2, "n_inner", "activation_function", "tie_word_embeddings", "layer_norm_epsilon"))
     assert (gpt2.intermediate_size, gpt2.hidden_act, gpt2.tie_word_embeddings) == (4 * 36, "gelu_new", True)
     assert gpt2.rms_norm_eps == 1e-5

@@ -37,6 +37,8 @@ PERTURBATIONS: dict[str, tuple[ModelConfig, object]] = {
     "qkv_bias": (conftest.LLAMA, True),
     "attention_output_bias": (conftest.LLAMA, True),
     "mlp_bias": (conftest.LLAMA, True),
+    "qk_norm": (conftest.LLAMA, True),
+    "sliding_window": (conftest.LLAMA, 39),
     "tie_word_embeddings": (conftest.LLAMA, True),
     "rope_theta": (conftest.LLAMA, 500.0),
     "rope_scaling": (conftest.LLAMA, RopeScaling("linear", 2.0)),
@@ -71,6 +73,42 @@ def test_llama3_scaling_fields_each_move_the_angles():
     for field, value in changes.items():
         other = dataclasses.replace(config, rope_scaling=dataclasses.replace(scaling, **{field: value}))
         assert np.abs(logits_of(config) - logits_of(other)).max() > 1e-4, field
+
+
+YARN = RopeScaling("yarn", 8.0, original_max_position_embeddings=32)
+YARN_CHANGES: dict[str, float] = {
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "attention_factor": 1.5,
+    "truncate": False,
+}
+
+
+@pytest.mark.parametrize("field", YARN_CHANGES)
+def test_yarn_scaling_fields_each_move_the_output(field: str):
+    config = dataclasses.replace(conftest.LLAMA, rope_theta=500.0, rope_scaling=YARN)
+    other = dataclasses.replace(YARN, **{field: YARN_CHANGES[field]})
+    moved = logits_of(dataclasses.replace(config, rope_scaling=other))
+    assert np.abs(logits_of(config) - moved).max() > 1e-4
+
+
+def test_yarn_magnitude_is_that_of_factor_unless_both_mscales_or_the_factor_itself_are_told():
+    of_factor = 0.1 * np.log(8.0) + 1
+    assert YARN.magnitude == pytest.approx(of_factor)
+    assert dataclasses.replace(YARN, mscale=2.0).magnitude == pytest.approx(of_factor)
+    both = dataclasses.replace(YARN, mscale=2.0, mscale_all_dim=0.5)
+    assert both.magnitude == pytest.approx((0.2 * np.log(8.0) + 1) / (0.05 * np.log(8.0) + 1))
+    assert dataclasses.replace(both, attention_factor=0.7).magnitude == 0.7
+    assert RopeScaling("linear", 8.0).magnitude == 1
+
+
+def test_a_window_hides_what_is_before_it_and_nothing_else():
+    config = dataclasses.replace(conftest.LLAMA, sliding_window=3)
+    params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 7)
+    mask = np.asarray(model.forward(config, params, ids).taps["mask"])[0, 0]
+    assert mask.tolist() == [[query - 3 < key <= query for key in range(7)] for query in range(7)]
 
 
 def test_the_context_limit_is_the_size_of_the_position_table():

@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def marked() -> list[object]:
     return [
-        pytest.param(case, marks=pytest.mark.slow if case in ("rope", "cached position") else pytest.mark.exhaustive)
+        pytest.param(case, marks=pytest.mark.slow if case == "cached position" else pytest.mark.exhaustive)
         for case in MISTAKES
     ]
 

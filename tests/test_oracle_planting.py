@@ -118,7 +118,8 @@ def test_reaches_of_the_inputs_are_no_classes(true: Candidate, folder: Path):
     exposed, hidden = exposure.classes(comparison, tuple(ladder.LADDER))
     assert {*exposed, *hidden} == {fault.name for fault in CATALOGUE}
     assert exposure.beyond(comparison, ["bits"]) == {}
-    assert exposure.beyond(comparison, ["operators"])["positions beyond 512"] == "the model's context ends before"
+    place = f"positions beyond {true.config.max_position_embeddings}"
+    assert exposure.beyond(comparison, ["operators"]) == {place: "the model's context ends there"}
 
 
 @pytest.mark.parametrize(

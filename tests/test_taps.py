@@ -87,7 +87,7 @@ def prefix(name: str) -> str:
     return name[: name.rindex(".") + 1]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_the_shapes_of_the_documentation_are_those_of_the_arrays(name: str):
     config = dataclasses.replace(conftest.CONFIGS[name], num_hidden_layers=1)
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 5)

@@ -50,6 +50,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 BIASED = {"attention_bias": True, "mlp_bias": True}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 64}
+YARN_TOLD = {**YARN, "beta_fast": 16, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}
 QWEN2 = {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 48}
 CASES: dict[str, transformers.PreTrainedConfig] = {
     "gpt2": transformers.GPT2Config(**GPT2),
@@ -62,6 +64,13 @@ CASES: dict[str, transformers.PreTrainedConfig] = {
     ),
     "qwen2": transformers.Qwen2Config(**QWEN2, layer_types=["full_attention"] * 3),
     "qwen2-tied": transformers.Qwen2Config(**QWEN2, tie_word_embeddings=True),
+    "qwen2-window": transformers.Qwen2Config(**QWEN2, use_sliding_window=True, sliding_window=13, max_window_layers=0),
+    "mistral": transformers.MistralConfig(**LLAMA, sliding_window=7),
+    "qwen3": transformers.Qwen3Config(**(LLAMA | {"hidden_size": 44, "num_hidden_layers": 2})),
+    "qwen3-biased-tied-yarn": transformers.Qwen3Config(
+        **(LLAMA | {"rope_parameters": YARN}), attention_bias=True, tie_word_embeddings=True
+    ),
+    "llama-yarn-told": transformers.LlamaConfig(**(LLAMA | {"rope_parameters": YARN_TOLD})),
 }
 """Adversarial: all dimensions differ, 1 < K < N, Llama's H is not D / N."""
 
@@ -209,13 +218,20 @@ def interleaved(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 FAULTS = {
-    "rope-interleaved": ("llama", "rope", interleaved),
+    "rope-interleaved": ("llama", "rope", lambda x, a, s: interleaved(x, a)),
     "kv-heads-tiled": ("llama", "_repeat_kv", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1)),
     "norm-eps": ("llama", "rms_norm", lambda x, w, eps, f=ops.rms_norm: f(x, w, 1e-4)),
     "layer-norm-eps": ("gpt2", "layer_norm", lambda x, w, b, eps, f=ops.layer_norm: f(x, w, b, 1e-4)),
     "gelu-erf": ("gpt2", "activation", lambda x, kind: F.gelu(x)),
     "mask-off-by-one": ("gpt2", "attention_mask", lambda s, k, a, b: s[:, None, :, None] + 1 >= k),
-    "rotated-the-other-way": ("qwen2", "rope", lambda x, a, f=ops.rope: f(x, -a)),
+    "head-norm-skipped": ("qwen3", "rms_norm", lambda x, w, eps, f=ops.rms_norm: x if x.ndim == 4 else f(x, w, eps)),
+    "window-off-by-one": (
+        "mistral",
+        "attention_mask",
+        lambda *x, window, f=ops.attention_mask: f(*x, window=window + 1),
+    ),
+    "yarn-without-its-stretch": ("llama-yarn-told", "rope", lambda x, a, s, f=ops.rope: f(x, a)),
+    "rotated-the-other-way": ("qwen2", "rope", lambda x, a, s, f=ops.rope: f(x, -a, s)),
 }
 
 
@@ -235,7 +251,7 @@ def test_a_planted_fault_is_outside_the_noise(fault: str, tmp_path: Path, monkey
             assert_within_noise(ours(ids), expected, truth)
 
 
-@pytest.mark.parametrize("case", ["llama3-scaling", "llama-linear-scaling"])
+@pytest.mark.parametrize("case", ["llama3-scaling", "llama-linear-scaling", "llama-yarn-told"])
 def test_rope_scaling_changes_the_logits(case: str) -> None:
     raw = CASES[case].to_dict()
     torch.manual_seed(0)
@@ -413,7 +429,13 @@ def test_masked_scores_are_exactly_the_smallest_float32(pair: Pair, dtype: torch
     assert len(hidden) == 2 * CASES_HEADS[type(pair.stock).__name__] * 21  # 7 * 6 / 2 pairs above the diagonal
 
 
-CASES_HEADS = {"GPT2LMHeadModel": 4, "LlamaForCausalLM": 6, "Qwen2ForCausalLM": 6}
+CASES_HEADS = {
+    "GPT2LMHeadModel": 4,
+    "LlamaForCausalLM": 6,
+    "Qwen2ForCausalLM": 6,
+    "MistralForCausalLM": 6,
+    "Qwen3ForCausalLM": 6,
+}
 
 
 def test_a_bfloat16_model_rounds_scores_and_logits_to_float32_and_the_rest_once(pair: Pair) -> None:

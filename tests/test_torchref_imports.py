@@ -33,16 +33,20 @@ def test_importing_torchref_loads_neither_jax_nor_jaxgpt_nor_transformers() -> N
     assert done.stdout.strip() == "[]"
 
 
-def test_training_the_reference_does_not_load_the_compiler_of_torch() -> None:
+def test_loading_and_training_the_reference_does_not_load_the_compiler_of_torch(tmp_path: Path) -> None:
     """It takes seconds, and nothing of it is used."""
     code = """if True:
-        import sys, torchref
+        import json, pathlib, sys, torchref
+        from safetensors.torch import save_file
         from torchref import training
+        folder = pathlib.Path(sys.argv[1])
         config = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8}
-        model = torchref.build(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({k: v.clone() for k, v in torchref.build(config).state_dict().items()}, folder / "model.safetensors")
+        model = torchref.load(folder)
         trainer = training.Trainer(model, training.Recipe(2, 0.1, "constant", 0, 0.0, 0.0, 0.1, 0.9, 0.9, 1.0))
         trainer.step(training.batches(training.packed([([1, 2, 3], [1, 1, 1])], 4), 4, 1))
         print(trainer.steps, "torch._dynamo" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1 False"

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import torchref
+from torchref.config import LlamaConfig, read
 
 GPT2 = {"vocab_size": 131, "n_embd": 36, "n_inner": 52, "n_layer": 3, "n_head": 4, "n_positions": 640}
 LLAMA = {
@@ -189,9 +190,22 @@ def test_a_folder_without_weights_or_config_is_refused(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mistral"}, "has model_type 'mistral'; torchref reads gpt2, llama and qwen2"),
+        ({"model_type": "mamba"}, "has model_type 'mamba'; torchref reads gpt2, llama, mistral, qwen2 and qwen3"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "torchref has one window for all layers"),
+        ({"model_type": "mistral", "attention_bias": True}, "does not know: attention_bias"),
+        ({"use_sliding_window": True}, "has use_sliding_window=True; torchref implements False only"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1}, "one window for all layers"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 0}, "has sliding_window=0; expected a"),
+        ({"model_type": "qwen3", "head_dim": None}, "lacks head_dim"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "does not know: mlp_bias"),
         ({"logit_scale": 2.0}, "has keys torchref does not know: logit_scale"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "has rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "has rope type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks factor"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 32}},
+            "beta_fast is not above beta_slow",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "finetuned": True}}, "does not know: finetuned"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "does not know: beta"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor is not above low_freq_factor"),
@@ -204,9 +218,10 @@ def test_a_folder_without_weights_or_config_is_refused(folder: Folder) -> None:
         ({"head_dim": 13}, "head_dim=13, which is not a multiple of the pair size of RoPE=2"),
         ({"head_dim": None, "hidden_size": 44}, "hidden_size=44, which is not a multiple of num_attention_heads=6"),
         ({"hidden_act": "relu"}, "has hidden_act='relu'"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types other than full_attention"),
-        ({"layer_types": True}, "has layer_types=True; expected a list"),
-        ({"layer_types": 3}, "has layer_types=3; expected a list"),
+        ({"layer_types": ["sliding_attention"]}, "torchref has one window for all layers"),
+        ({"layer_types": ["chunked_attention"]}, "torchref knows full_attention and sliding_attention"),
+        ({"layer_types": True}, "has layer_types=True; torchref knows full_attention and sliding_attention"),
+        ({"layer_types": 3}, "has layer_types=3; torchref knows full_attention and sliding_attention"),
         ({"model_type": ["llama"]}, "has model_type ['llama']; torchref reads"),
         ({"hidden_act": {}}, "has hidden_act={}; torchref knows"),
         ({"rope_parameters": ["x"]}, "has rope_parameters=['x']; expected an object"),
@@ -241,9 +256,19 @@ def test_a_gpt2_config_that_means_another_model_is_refused(
     assert words in folder.refusal()
 
 
-def test_missing_kv_heads_mean_32_for_qwen2_and_all_for_llama() -> None:
+def test_a_missing_key_means_what_transformers_has_for_the_type() -> None:
     raw = {key: LLAMA[key] for key in LLAMA if key not in ("num_key_value_heads", "head_dim")}
     raw |= {"hidden_size": 128, "num_attention_heads": 64, "num_hidden_layers": 1}
+    without_context = {key: value for key, value in raw.items() if key != "max_position_embeddings"}
     assert torchref.build(raw | {"model_type": "qwen2"}).kv_heads == 32
     assert torchref.build(raw | {"model_type": "llama"}).kv_heads == 64
     assert torchref.build(raw | {"model_type": "qwen2", "num_key_value_heads": None}).kv_heads == 64
+    assert torchref.build(raw | {"model_type": "mistral"}).kv_heads == 8
+    qwen3 = torchref.build(raw | {"model_type": "qwen3", "max_position_embeddings": 40})
+    assert (qwen3.kv_heads, qwen3.head_dim) == (32, 128)
+    yarn = {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
+    for model_type, context in (("llama", 2048), ("mistral", 131072), ("qwen2", 32768), ("qwen3", 32768)):
+        config = read(without_context | yarn | {"model_type": model_type})
+        assert isinstance(config, LlamaConfig)
+        assert config.rope.original_max_position_embeddings == context
+        assert config.sliding_window == (4096 if model_type == "mistral" else None)

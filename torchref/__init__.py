@@ -1,4 +1,4 @@
-"""An independent PyTorch reference for GPT-2, Llama and Qwen2.
+"""An independent PyTorch reference for GPT-2, Llama, Mistral and Qwen.
 
 It shares no code with the program it checks: its own reading of config.json, its
 own model, cache and decoding. Parameters have Hugging Face's names, so that a

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json of GPT-2, Llama and Qwen2, read strictly.
+"""Hugging Face's config.json of GPT-2, Llama, Mistral, Qwen2 and Qwen3, read strictly.
 
 A key that is neither understood nor known to change nothing is refused: a
 reference that ignores what it does not know is no reference.
@@ -39,7 +39,7 @@ class GPT2Config:
 
 @dataclass(frozen=True)
 class Rope:
-    """Base and scaling of the rotary embedding; `kind` is default, linear or llama3."""
+    """Base and scaling of the rotary embedding; `kind` is default, linear, llama3 or yarn."""
 
     theta: float
     kind: str = "default"
@@ -47,11 +47,17 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Llama and Qwen2 under Hugging Face's names; they differ in biases and defaults only."""
+    """Llama, Mistral, Qwen2 and Qwen3 under Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
@@ -66,6 +72,9 @@ class LlamaConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    """Of every layer; None where all that came before is attended to."""
     tie_word_embeddings: bool
     initializer_range: float
 
@@ -83,10 +92,11 @@ def read(raw: Mapping[str, Any]) -> Config:
     model_type = keys.take("model_type", None)
     if model_type == "gpt2":
         config = _gpt2(keys)
-    elif model_type in ("llama", "qwen2"):
-        config = _llama(keys, qwen2=model_type == "qwen2")
+    elif model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        config = _llama(keys, model_type)
     else:
-        raise LoadError(f"config.json has model_type {reprlib.repr(model_type)}; torchref reads gpt2, llama and qwen2")
+        known = "gpt2, llama, mistral, qwen2 and qwen3"
+        raise LoadError(f"config.json has model_type {reprlib.repr(model_type)}; torchref reads {known}")
     keys.finish()
     return config
 
@@ -159,6 +169,10 @@ class _Keys:
             raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; expected a positive number")
         return float(value)
 
+    def optional(self, key: str) -> float | None:
+        """A positive number, or None where the key is missing or null."""
+        return None if self.take(key, None) is None else self.number(key)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.take(key, default)
         if type(value) is not bool:
@@ -181,7 +195,7 @@ class _Keys:
     def finish(self) -> None:
         """Refuse keys nobody took, and values that mean another model."""
         for key, only in _ONLY_VALUE.items():
-            value = self.take(key, None)
+            value = self.take(key, None) if key in self.left else None
             if value is not None and value != only:
                 raise LoadError(f"{self.name} has {key}={reprlib.repr(value)}; torchref implements {only!r} only")
         unknown = sorted(self.left - _WITHOUT_EFFECT)
@@ -211,51 +225,92 @@ def _gpt2(keys: _Keys) -> GPT2Config:
     )
 
 
-def _llama(keys: _Keys, *, qwen2: bool) -> LlamaConfig:
+def _llama(keys: _Keys, model_type: str) -> LlamaConfig:
     width, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    kv_heads = _kv_heads(keys, heads, qwen2)
+    kv_heads = _kv_heads(keys, heads, model_type)
     _multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-    if keys.raw.get("head_dim") is None:
-        _multiple("hidden_size", width, "num_attention_heads", heads)
-    head_dim = keys.size("head_dim", max(1, width // heads))
-    _multiple("head_dim", head_dim, "the pair size of RoPE", 2)
-    if heads * head_dim > _LARGEST:
-        raise LoadError(
-            f"config.json has {heads} heads of dimension {head_dim}; expected at most {_LARGEST:,} together"
-        )
-    layer_types = keys.take("layer_types", None)
-    if not isinstance(layer_types, list | None):
-        raise LoadError(f"config.json has layer_types={reprlib.repr(layer_types)}; expected a list")
-    if any(kind != "full_attention" for kind in layer_types or ()):
-        raise LoadError("config.json has layer_types other than full_attention; torchref implements that only")
-    # Qwen2's biases are part of its code, not of its config: a key for them is refused as unknown.
-    bias = True if qwen2 else keys.flag("attention_bias", False)
+    head_dim = _head_dim(keys, width, heads, model_type)
+    layers = keys.size("num_hidden_layers")
+    # Qwen2's biases are part of its code, not of its config: a key that a type does not read is refused as unknown.
+    bias = model_type == "qwen2" or (model_type in ("llama", "qwen3") and keys.flag("attention_bias", False))
     return LlamaConfig(
         vocab_size=keys.size("vocab_size"),
         hidden_size=width,
         intermediate_size=keys.size("intermediate_size"),
-        num_hidden_layers=keys.size("num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         activation=keys.activation("hidden_act", "silu"),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope=_rope(keys),
+        rope=_rope(keys, model_type),
         qkv_bias=bias,
-        output_bias=bias and not qwen2,
-        mlp_bias=False if qwen2 else keys.flag("mlp_bias", False),
+        output_bias=bias and model_type != "qwen2",
+        mlp_bias=model_type == "llama" and keys.flag("mlp_bias", False),
+        qk_norm=model_type == "qwen3",
+        sliding_window=_window(keys, model_type, layers),
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
         initializer_range=keys.number("initializer_range", 0.02),
     )
 
 
-def _kv_heads(keys: _Keys, heads: int, qwen2: bool) -> int:
-    """Null means one per query head; a missing key means that too, but for Qwen2, which has 32."""
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+"""Where the key is missing; Llama has one per query head."""
+
+
+def _kv_heads(keys: _Keys, heads: int, model_type: str) -> int:
+    """Null means one per query head; a missing key means the type's own number."""
     missing = "num_key_value_heads" not in keys.raw
-    return keys.size("num_key_value_heads", 32 if qwen2 and missing else heads)
+    return keys.size("num_key_value_heads", _KV_HEADS.get(model_type, heads) if missing else heads)
 
 
-def _rope(keys: _Keys) -> Rope:
+def _head_dim(keys: _Keys, width: int, heads: int, model_type: str) -> int:
+    if model_type == "qwen3":
+        head_dim = keys.size("head_dim", None if "head_dim" in keys.raw else 128)
+    else:
+        if keys.raw.get("head_dim") is None:
+            _multiple("hidden_size", width, "num_attention_heads", heads)
+        head_dim = keys.size("head_dim", max(1, width // heads))
+    _multiple("head_dim", head_dim, "the pair size of RoPE", 2)
+    if heads * head_dim > _LARGEST:
+        raise LoadError(
+            f"config.json has {heads} heads of dimension {head_dim}; expected at most {_LARGEST:,} together"
+        )
+    return head_dim
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def _window(keys: _Keys, model_type: str, layers: int) -> int | None:
+    """The sliding window, which all layers must share.
+
+    Mistral has one in every layer unless it is null. Qwen's are off unless switched on, and
+    then in the layers that `layer_types`, or else `max_window_layers`, says. Llama has none.
+    """
+    window, begins = None, 0
+    if model_type == "mistral" and keys.raw.get("sliding_window", 4096) is not None:
+        window = keys.size("sliding_window", 4096)
+    elif model_type in ("qwen2", "qwen3") and keys.flag("use_sliding_window", False):
+        if keys.raw.get("sliding_window", 4096) is not None:
+            window = keys.size("sliding_window", 4096)
+        begins = keys.take("max_window_layers", 28)
+        if type(begins) is not int or begins < 0:
+            raise LoadError(f"config.json has max_window_layers={reprlib.repr(begins)}; expected a number of layers")
+    usual = [SLIDING if window is not None and layer >= begins else FULL for layer in range(layers)]
+    kinds = keys.take("layer_types", None) or usual
+    if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise LoadError(f"config.json has layer_types={reprlib.repr(kinds)}; torchref knows {FULL} and {SLIDING}")
+    if len(set(kinds)) != 1 or (window is None and SLIDING in kinds) or (model_type == "mistral" and kinds != usual):
+        raise LoadError("config.json has layer_types of which some slide; torchref has one window for all layers")
+    return window if kinds[0] == SLIDING else None
+
+
+_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+"""Where max_position_embeddings is missing."""
+
+
+def _rope(keys: _Keys, model_type: str) -> Rope:
     """`rope_parameters` (transformers 5) wins over `rope_theta` and `rope_scaling` (4)."""
     old, new = keys.table("rope_scaling"), keys.table("rope_parameters")
     theta = keys.number("rope_theta", 10000.0)
@@ -269,11 +324,34 @@ def _rope(keys: _Keys) -> Rope:
         rope = Rope(theta, "linear", scaling.number("factor"))
     elif kind == "llama3":
         rope = _llama3(theta, scaling)
+    elif kind == "yarn":
+        rope = _yarn(theta, scaling, keys.size("max_position_embeddings", _CONTEXT[model_type]))
     else:
         raise LoadError(
-            f"config.json has rope type {reprlib.repr(kind)}; torchref implements default, linear and llama3"
+            f"config.json has rope type {reprlib.repr(kind)}; torchref implements default, linear, llama3 and yarn"
         )
     scaling.finish()
+    return rope
+
+
+def _yarn(theta: float, scaling: _Keys, context: int) -> Rope:
+    rope = Rope(
+        theta,
+        "yarn",
+        factor=scaling.number("factor"),
+        original_max_position_embeddings=scaling.size("original_max_position_embeddings", context),
+        beta_fast=scaling.number("beta_fast", 32.0),
+        beta_slow=scaling.number("beta_slow", 1.0),
+        attention_factor=scaling.optional("attention_factor"),
+        mscale=scaling.optional("mscale"),
+        mscale_all_dim=scaling.optional("mscale_all_dim"),
+        truncate=scaling.flag("truncate", True),
+    )
+    if rope.factor < 1 or rope.beta_fast <= rope.beta_slow or theta <= 1:
+        raise LoadError(
+            "config.json has a yarn rope scaling whose factor is below 1, whose beta_fast is not above beta_slow, "
+            "or whose rope_theta is not above 1"
+        )
     return rope
 
 

@@ -21,6 +21,11 @@ Ops = Mapping[str, Callable[..., Tensor]]
 Taps = dict[str, Tensor]
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table without values yet: `nn.Embedding` would draw them, which on the meta device loads torch's compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Tape:
     """Runs ops by name and keeps what they return, if there is a dict to keep it in.
 
@@ -66,6 +71,8 @@ class Block(nn.Module, ABC):
     """One layer. `layer` is its index; parameters have Hugging Face's names, ops those of the taps."""
 
     layer: int
+    norms_heads = False
+    """Queries and keys are normalised head by head before they are rotated."""
 
     @abstractmethod
     def ops(self) -> Ops:
@@ -99,6 +106,8 @@ class Block(nn.Module, ABC):
         q = tape("attn.q_heads", tape("attn.q", normed))
         k = tape("attn.k_heads", tape("attn.k", normed))
         v = tape("attn.v_heads", tape("attn.v", normed))
+        if self.norms_heads:
+            q, k = tape("attn.q_norm", q), tape("attn.k_norm", k)
         if step.angles is not None:
             q = tape("attn.q_rope", q, step.angles)
             k = tape("attn.k_rope", k, step.angles)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchref import ops
 from torchref.config import GPT2Config
-from torchref.decoder import Block, Decoder, Ops, Step, Tape
+from torchref.decoder import Block, Decoder, Ops, Step, Tape, embedding
 
 
 class Conv1D(nn.Module):
@@ -94,8 +94,8 @@ class GPT2Model(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 

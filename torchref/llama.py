@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and Qwen2, with the parameter names of Hugging Face's LlamaForCausalLM."""
+"""Llama (Touvron et al. 2023), Mistral, Qwen2 and Qwen3, with the names of Hugging Face's LlamaForCausalLM."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchref import ops
 from torchref.config import LlamaConfig, Rope
-from torchref.decoder import Block, Decoder, Ops, Step, Tape
+from torchref.decoder import Block, Decoder, Ops, Step, Tape, embedding
 
 
 def frequencies(rope: Rope, head_dim: int) -> Float[Tensor, "R"]:
@@ -19,6 +19,8 @@ def frequencies(rope: Rope, head_dim: int) -> Float[Tensor, "R"]:
     plain = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "yarn":
+        return _yarn(plain, rope)
     return plain if rope.kind == "default" else _llama3(plain, rope)
 
 
@@ -31,6 +33,37 @@ def _llama3(plain: Float[Tensor, "R"], rope: Rope) -> Float[Tensor, "R"]:
     stretched = plain / rope.factor
     between = (1 - share) * stretched + share * plain
     return torch.where(wavelength > longest, stretched, torch.where(wavelength < shortest, plain, between))
+
+
+def _yarn(plain: Float[Tensor, "R"], rope: Rope) -> Float[Tensor, "R"]:
+    """yarn (Peng et al. 2023): a ramp over the pairs, from those that stay to those that are stretched."""
+    width = 2 * len(plain)
+    low, high = (
+        width * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for rotations in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001
+    stretched = ((torch.arange(len(plain), dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    return plain * (1 - stretched) + plain / rope.factor * stretched
+
+
+def stretch(rope: Rope) -> float:
+    """By how much rotated queries and keys grow."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale is not None and rope.mscale_all_dim is not None:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
 
 
 def angles(rope: Rope, head_dim: int, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T R"]:
@@ -47,7 +80,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """(…, D) to (…, D)."""
         return ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -62,6 +95,9 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(width, c.hidden_size, bias=c.output_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
 
 class LlamaMLP(nn.Module):
@@ -80,7 +116,7 @@ class LlamaBlock(Block):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.norms_heads = config, layer, config.qk_norm
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LlamaAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -88,9 +124,12 @@ class LlamaBlock(Block):
 
     def ops(self) -> Ops:
         """See `Block.ops`."""
-        c = self.config
+        c, grows = self.config, stretch(self.config.rope)
+        norms = {"attn.q_norm": self.self_attn.q_norm, "attn.k_norm": self.self_attn.k_norm} if c.qk_norm else {}
         return {
             **self.attention_ops(c.num_attention_heads, c.num_key_value_heads, self.input_layernorm.weight.dtype),
+            **dict.fromkeys(("attn.q_rope", "attn.k_rope"), lambda x, angles: ops.rope(x, angles, grows)),
+            **norms,
             "attn_norm": self.input_layernorm,
             "attn.q": self.self_attn.q_proj,
             "attn.k": self.self_attn.k_proj,
@@ -116,17 +155,17 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class LlamaForCausalLM(Decoder):
-    """Llama or Qwen2 with its language-model head, tied to the embedding or not."""
+    """Llama, Mistral or Qwen with its language-model head, tied to the embedding or not."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.rope = config, config.rope
+        self.config, self.rope, self.window = config, config.rope, config.sliding_window
         self.vocab_size, self.positions_limit = config.vocab_size, None
         self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.model = LlamaModel(config)
@@ -149,7 +188,7 @@ class LlamaForCausalLM(Decoder):
         return {
             "embed.tokens": self.model.embed_tokens,
             "rope.angles": lambda positions: angles(self.rope, self.head_dim, positions, wide),
-            "mask": ops.attention_mask,
+            "mask": lambda *slots: ops.attention_mask(*slots, window=self.window),
             "final_norm": self.model.norm,
             "logits": lambda x: ops.logits(x, self.lm_head.weight),
         }

@@ -91,6 +91,7 @@ def _embedding(model: Decoder) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    _refuse_pipe(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,10 +105,17 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_pipe(path: Path) -> None:
+    """Opening a pipe waits for whoever writes into it, and a device may never end."""
+    if path.exists() and not path.is_file():
+        raise LoadError(f"{path} is a folder, pipe or device, not a file")
+
+
 def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Every tensor of the folder by name, opened but not read."""
     slices: dict[str, Any] = {}
     for name in _files(folder):
+        _refuse_pipe(folder / name)
         try:
             file = stack.enter_context(safe_open(folder / name, framework="pt"))
         except (SafetensorError, OSError) as error:

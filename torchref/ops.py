@@ -1,4 +1,4 @@
-"""The operations both families are made of, each a function of tensors.
+"""The operations all families are made of, each a function of tensors.
 
 Compute dtype is that of the inputs. Norms, rotation, scores and softmax are
 float32 inside, or float64 where the model is float64: float64 is never narrowed,
@@ -29,9 +29,14 @@ def attention_mask(
     key_slots: Int[Tensor, "S"],
     segments: Int[Tensor, "B T"] | None,
     key_segments: Int[Tensor, "B S"] | None,
+    window: int | None = None,
 ) -> Bool[Tensor, "B 1 T S"]:
-    """True where a token may attend: no later slot, and no other document or padding."""
-    allowed = slots[:, None, :, None] >= key_slots  # (B, 1, T, S)
+    """True where a token may attend: no later slot, and no other document or padding.
+
+    With a window only the last `window` slots, its own included (Beltagy et al. 2020; Mistral).
+    """
+    ago = slots[:, None, :, None] - key_slots  # (B, 1, T, S)
+    allowed = ago >= 0 if window is None else (ago >= 0) & (ago < window)
     if segments is None or key_segments is None:
         return allowed
     return allowed & (segments[:, None, :, None] == key_segments[:, None, None, :])
@@ -66,10 +71,14 @@ def rotate_half(x: Float[Tensor, "*B H"]) -> Float[Tensor, "*B H"]:
     return torch.cat((-second, first), dim=-1)
 
 
-def rope(x: Float[Tensor, "B N T H"], angles: Float[Tensor, "B T R"]) -> Float[Tensor, "B N T H"]:
-    """Rotary embedding (Su et al. 2021) in Hugging Face's half-split order; R = H / 2."""
+def rope(x: Float[Tensor, "B N T H"], angles: Float[Tensor, "B T R"], stretch: float = 1.0) -> Float[Tensor, "B N T H"]:
+    """Rotary embedding (Su et al. 2021) in Hugging Face's half-split order; R = H / 2.
+
+    Cosines and sines are multiplied by `stretch` (yarn's attention factor).
+    """
     twice = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, H): every head turns alike
-    return (wide(x) * twice.cos() + rotate_half(wide(x)) * twice.sin()).to(x.dtype)
+    cos, sin = twice.cos() * stretch, twice.sin() * stretch
+    return (wide(x) * cos + rotate_half(wide(x)) * sin).to(x.dtype)
 
 
 def store(

@@ -50,6 +50,13 @@ def merged_without_transposing(config: ModelConfig, p: Leaves, x: Array) -> Arra
     return x.reshape(x.shape[0], x.shape[2], -1)
 
 
+def heads_normalised_together(config: ModelConfig, p: Leaves, x: Array) -> Array:
+    """QK-norm over all heads of a token at once (OLMo 2), with the weight of one head."""
+    wide = x.astype(jnp.float32)
+    spread = jnp.square(wide).mean((1, 3), keepdims=True)
+    return (wide / jnp.sqrt(spread + config.rms_norm_eps) * p["weight"].astype(jnp.float32)).astype(x.dtype)
+
+
 # -- Rotation --------------------------------------------------------------------------
 
 
@@ -113,6 +120,13 @@ def backwards(config: ModelConfig, p: Leaves, x: Array, angles: Array) -> Array:
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(x.dtype)
+
+
+def rotated_without_magnitude(config: ModelConfig, p: Leaves, x: Array, angles: Array) -> Array:
+    """yarn's attention factor forgotten: lengths stay."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
 def half_rotated(config: ModelConfig, p: Leaves, x: Array, angles: Array) -> Array:
@@ -231,6 +245,23 @@ def sliding_window(
 ) -> Array:
     """Only the last 16 tokens are visible (Mistral)."""
     allowed = (key_slots[None, None, :] <= slots[:, :, None]) & (key_slots[None, None, :] > slots[:, :, None] - 16)
+    return (allowed & _same_document(segments, key_segments))[:, None]
+
+
+def window_one_wider(
+    config: ModelConfig, p: Leaves, slots: Array, key_slots: Array, segments: Array, key_segments: Array
+) -> Array:
+    """A window of sliding_window tokens beside the token itself."""
+    ago = slots[:, :, None] - key_slots[None, None, :]
+    allowed = (ago >= 0) & (ago <= (config.sliding_window or 0))
+    return (allowed & _same_document(segments, key_segments))[:, None]
+
+
+def window_forgotten(
+    config: ModelConfig, p: Leaves, slots: Array, key_slots: Array, segments: Array, key_segments: Array
+) -> Array:
+    """All earlier tokens of the document are visible (a Mistral run as a Llama)."""
+    allowed = key_slots[None, None, :] <= slots[:, :, None]
     return (allowed & _same_document(segments, key_segments))[:, None]
 
 

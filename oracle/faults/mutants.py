@@ -47,6 +47,7 @@ SPECIAL: dict[str, dict[str, models.Config]] = {
     "Llama": {
         "llama-11-layers": _shortened("llama", 24, num_hidden_layers=11, hidden_size=12, intermediate_size=14),
         "llama-two-buckets": _shortened("llama", 72),
+        **{name: _shortened(name) for name in ("qwen3", "mistral-window", "qwen3-yarn-biased")},
     },
 }
 """For classes that exist in none of the others."""

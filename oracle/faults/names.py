@@ -149,6 +149,22 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "the mask is not causal": ("no causal mask",),
     "the scores are not masked": ("no attention mask at all",),
     "the mask is a sliding window": ("sliding window",),
+    "the window is one token too wide": (
+        "sliding window of another width",
+        "config field sliding_window differs from the folder's",
+    ),
+    "the model's window is ignored": (
+        "sliding window ignored",
+        "config field sliding_window differs from the folder's",
+    ),
+    "queries are not normalised": ("norm left out", "QK-norm bypassed"),
+    "neither queries nor keys are normalised": ("norm left out", "QK-norm bypassed"),
+    "all heads of a token are normalised together": ("heads normalised together instead of each by itself",),
+    "yarn's scaling of frequencies is ignored": ("rope scaling ignored",),
+    "cosines and sines are not multiplied by yarn's attention factor": (
+        "yarn's attention factor missing or applied twice",
+    ),
+    "yarn scaling is taken for linear": ("wrong rope scaling",),
     "packed documents attend to each other": ("documents not separated",),
     "hidden scores are not low enough": ("mask value too small",),
     "the mask is inverted": ("attention mask inverted",),

@@ -12,7 +12,7 @@ from typing import Any
 
 import tiktoken
 
-from jaxgpt.chat import Message, Rendered, Template, Turn
+from jaxgpt.chat import Message, Rendered, Turn, TurnTemplate
 from jaxgpt.tokenizer import END, END_OF_TEXT, Special
 from jaxgpt.vocabulary import kind_named
 from oracle.candidate import Candidate
@@ -186,7 +186,7 @@ spaces_swallowed = _splitting(lambda string: r"\s*" + re.escape(string) + r"\s*"
 # -- Conversations ---------------------------------------------------------------------
 
 
-def templated(change: Callable[[Template], Template]) -> Plant:
+def templated(change: Callable[[TurnTemplate], TurnTemplate]) -> Plant:
     """Another template."""
 
     def of(text: Text) -> Mapping[str, Any]:
@@ -196,16 +196,16 @@ def templated(change: Callable[[Template], Template]) -> Plant:
     return spoken(of)
 
 
-def _turns(template: Template, change: Callable[[str, Turn], Turn]) -> Template:
+def _turns(template: TurnTemplate, change: Callable[[str, Turn], Turn]) -> TurnTemplate:
     return replace(template, turns={role: change(role, turn) for role, turn in template.turns.items()})
 
 
-def no_separator(template: Template) -> Template:
+def no_separator(template: TurnTemplate) -> TurnTemplate:
     """Nothing between the end of a turn and the next."""
     return _turns(template, lambda _, turn: replace(turn, suffix=turn.suffix[:1]))
 
 
-def no_line_after_role(template: Template) -> Template:
+def no_line_after_role(template: TurnTemplate) -> TurnTemplate:
     """The role's name without its line break."""
 
     def change(_: str, turn: Turn) -> Turn:
@@ -214,12 +214,12 @@ def no_line_after_role(template: Template) -> Template:
     return _turns(template, change)
 
 
-def user_turn_open(template: Template) -> Template:
+def user_turn_open(template: TurnTemplate) -> TurnTemplate:
     """What a user says is never ended."""
     return _turns(template, lambda role, turn: turn if role == template.trained_role else replace(turn, suffix=()))
 
 
-def roles_swapped(template: Template) -> Template:
+def roles_swapped(template: TurnTemplate) -> TurnTemplate:
     """The user speaks as the assistant, and the other way round."""
     other = {"user": "assistant", "assistant": "user"}
     turns = {

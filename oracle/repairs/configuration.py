@@ -32,6 +32,7 @@ HF_NAMES = {
     "attention_output_bias": "attention_bias",
 }
 """What a field is called in config.json, where the name is another."""
+IMPORT_AGAIN = "; where the checkpoint was made from another config.json, import it again"
 
 
 @cache
@@ -104,9 +105,7 @@ def _together(site: Site) -> Iterator[Variant]:
 
 
 def _advice(name: str) -> str:
-    return (
-        f"how jaxgpt/config.py reads {name} from config.json (there: {HF_NAMES.get(name, name)}), or the checkpoint's"
-    )
+    return f"how jaxgpt/config.py reads {name} from config.json (there: {HF_NAMES.get(name, name)}){IMPORT_AGAIN}"
 
 
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -117,7 +116,7 @@ REPAIRS: tuple[Repair, ...] = (
     ),
     Repair(
         "several config fields differ from the folder's",
-        "how they are read from config.json in jaxgpt/config.py, or the checkpoint's own config",
+        f"how they are read from config.json in jaxgpt/config.py{IMPORT_AGAIN}",
         RUNGS,
         _together,
         last_resort=True,

@@ -32,6 +32,8 @@ class Facts:
     """`gelu`, `gelu_tanh` or `silu`."""
     rope: Rope | None
     """None where positions are learned."""
+    window: int | None = None
+    """How many tokens each attends to; None for all before it."""
 
     @property
     def constants(self) -> tuple[float, ...]:
@@ -48,4 +50,5 @@ def of(reference: Reference) -> Facts:
         head_dim = c.n_embd // c.n_head
         return Facts(c.n_embd, c.n_layer, c.n_head, c.n_head, head_dim, c.layer_norm_epsilon, True, c.activation, None)
     heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    return Facts(c.hidden_size, c.num_hidden_layers, *heads, c.rms_norm_eps, False, c.activation, c.rope)
+    norms = c.rms_norm_eps, False
+    return Facts(c.hidden_size, c.num_hidden_layers, *heads, *norms, c.activation, c.rope, c.sliding_window)

@@ -115,7 +115,10 @@ KINDS: dict[str, Kind] = {
     "layer skipped": lambda op, wanted, read: (
         wanted.endswith("mlp_residual") and _stream(read) and _layer(read) < _layer(wanted)
     ),
-    "RoPE bypassed": lambda op, wanted, read: wanted.endswith("_rope") and read.endswith("_heads") and op == "scores",
+    "QK-norm bypassed": lambda op, wanted, read: wanted.endswith(("q_norm", "k_norm")) and read.endswith("_heads"),
+    "RoPE bypassed": lambda op, wanted, read: (
+        wanted.endswith("_rope") and read.endswith(("_heads", "_norm")) and op == "scores"
+    ),
     "keys stored before RoPE": lambda op, wanted, read: wanted.endswith("_rope") and op == "store",
     "gate and up swapped": lambda op, wanted, read: {_of(wanted), _of(read)} == {"gate", "up"},
     "q, k and v exchanged": lambda op, wanted, read: (

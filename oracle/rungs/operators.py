@@ -30,16 +30,19 @@ from oracle.reference import Reference
 from oracle.results import Finding, Residual, RungResult
 from oracle.site import Site
 from oracle.streaming import Reader
+from torchref.config import LlamaConfig
 
 NAME = "operators"
 
 SMALL = "small rows"
 SMALL_ROWS = 16
 """Norms also see their rows scaled by 1, 1/2, … 2^−15: there the epsilon decides."""
+EDGE = "window edge"
+"""A mask with a window is also asked for tokens at its end, which the probe may not reach."""
 
 
 def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) -> RungResult:
-    """One finding per op in execution order (norms and stores: two), then one per tap the candidate lacks."""
+    """One finding per op in execution order (norms, stores and windows: two), then one per tap the candidate lacks."""
     findings: list[Finding] = []
     with closing(reference.truth.stream(probe)) as items:
         reader = Reader(items)
@@ -79,6 +82,8 @@ class Walk:
         findings, dtype = self.compare(op, inputs)
         if op.function == "norm":
             findings += self.compare(op, [_small_rows(inputs[0])], where=SMALL)[0]
+        if op.function == "attention_mask" and (window := _window(self.reference)) is not None:
+            findings += self.compare(op, _edge(window), where=EDGE)[0]
         self._hold(op, truth.numpy(), dtype)
         return findings
 
@@ -94,6 +99,9 @@ class Walk:
             return _stored_inputs(self.candidate, where)
         if any(name not in self.values for name in op.inputs):
             return None
+        window = _window(self.reference)
+        if where == EDGE and window is not None:
+            return _edge(window)
         inputs = [self.values[name] for name in op.inputs]
         return [_small_rows(inputs[0])] if where == SMALL else inputs
 
@@ -187,8 +195,19 @@ def _cast(op: Op, truth: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _small_rows(x: np.ndarray) -> np.ndarray:
-    powers = np.exp2(-(np.arange(x.shape[1]) % SMALL_ROWS)).astype(np.float32)
-    return (x.astype(np.float32) * powers[None, :, None]).astype(x.dtype)
+    powers = np.exp2(-(np.arange(x.shape[-2]) % SMALL_ROWS)).astype(np.float32)
+    return (x.astype(np.float32) * powers[:, None]).astype(x.dtype)
+
+
+def _window(reference: Reference) -> int | None:
+    config = reference.truth.decoder.config
+    return config.sliding_window if isinstance(config, LlamaConfig) else None
+
+
+def _edge(window: int) -> list[np.ndarray]:
+    """Slots, key slots and documents: the tokens around the first that does not see the beginning."""
+    slots, keys = np.arange(max(0, window - 2), window + 2, dtype=np.int32), np.arange(window + 2, dtype=np.int32)
+    return [slots[None], keys, np.ones_like(slots)[None], np.ones_like(keys)[None]]
 
 
 # -- The cache's store -----------------------------------------------------------------

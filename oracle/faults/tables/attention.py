@@ -3,23 +3,16 @@
 from math import gcd
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.ops import OpFunction
 from oracle.candidate import Candidate
 from oracle.faults import attention as a
 from oracle.faults import ops as o
-from oracle.faults.fault import Fault, Plant, at, has_rope, instead, is_grouped, is_learned, misread, query_tap
+from oracle.faults.fault import Fault, at, has_rope, instead, is_grouped, is_learned, misread, query_tap
+from oracle.faults.tables.masks import MASKS, SOFTMAX
 
 OPS = "operators"
-ANGLES, MASK = "rope.angles", "mask"
+ANGLES = "rope.angles"
 Q_HEADS, K_HEADS = "layers.0.attn.q_heads", "layers.0.attn.k_heads"
-SCORES, MASKED, WEIGHTS, CONTEXT = (f"layers.0.attn.{tap}" for tap in ("scores", "masked", "weights", "context"))
-
-
-def _masked_by(wrong: OpFunction) -> Plant:
-    """In every layer, by tap: `mask` is also the name of the tap that all layers share."""
-    return lambda candidate: instead(
-        {f"layers.{layer}.attn.masked": wrong for layer in range(candidate.config.num_hidden_layers)}
-    )(candidate)
+SCORES, CONTEXT = "layers.0.attn.scores", "layers.0.attn.context"
 
 
 def _scaled(kind: str):
@@ -28,6 +21,11 @@ def _scaled(kind: str):
 
     applies.__doc__ = f"RoPE is scaled, by the rule {kind}."
     return applies
+
+
+def _has_qk_norm(config: ModelConfig) -> bool:
+    """The heads of queries and keys are normalised."""
+    return config.qk_norm
 
 
 def _is_scaled(config: ModelConfig) -> bool:
@@ -124,6 +122,34 @@ HEADS = (
     ),
 )
 
+QK_NORMS = (
+    Fault(
+        "q_norm skipped",
+        "queries are not normalised",
+        instead({"layers.1.attn.q_norm": o.identity}),
+        OPS,
+        at("layers.1.attn.q_norm"),
+        _has_qk_norm,
+    ),
+    Fault(
+        "q_norm skipped",
+        "neither queries nor keys are normalised",
+        instead({f"layers.{layer}.attn.{side}_norm": o.identity for layer in (0, 1) for side in "qk"}),
+        OPS,
+        at("layers.0.attn.q_norm"),
+        _has_qk_norm,
+        place="keys as well",
+    ),
+    Fault(
+        "heads normalised together",
+        "all heads of a token are normalised together",
+        instead({"layers.0.attn.q_norm": a.heads_normalised_together}),
+        OPS,
+        at("layers.0.attn.q_norm"),
+        _has_qk_norm,
+    ),
+)
+
 ROTATION = (
     Fault("RoPE interleaved", "RoPE pairs are interleaved", instead({"rope": a.interleaved}), OPS, query_tap, has_rope),
     Fault("RoPE backwards", "RoPE turns the wrong way", instead({"rope": a.backwards}), OPS, query_tap, has_rope),
@@ -203,6 +229,31 @@ ROTATION = (
         at(ANGLES),
         _is_scaled,
         place="config",
+    ),
+    Fault(
+        "yarn factor ignored",
+        "yarn's scaling of frequencies is ignored",
+        instead({"angles": a.angles_unscaled}),
+        OPS,
+        at(ANGLES),
+        _scaled("yarn"),
+    ),
+    Fault(
+        "yarn attention factor ignored",
+        "cosines and sines are not multiplied by yarn's attention factor",
+        instead({"rope": a.rotated_without_magnitude}),
+        OPS,
+        query_tap,
+        _scaled("yarn"),
+    ),
+    Fault(
+        "RoPE scaling of another kind",
+        "yarn scaling is taken for linear",
+        instead({"angles": a.angles_all_divided}),
+        OPS,
+        at(ANGLES),
+        _scaled("yarn"),
+        place="yarn",
     ),
     Fault(
         "RoPE scaling of another kind",
@@ -324,117 +375,4 @@ PRODUCTS = (
     ),
 )
 
-MASKS = (
-    Fault(
-        "causal mask off by one",
-        "the mask shows the next token",
-        instead({"attention_mask": a.sees_next}),
-        OPS,
-        at(MASK),
-    ),
-    Fault(
-        "causal mask off by one",
-        "the mask hides a token from itself",
-        instead({"attention_mask": a.blind_to_itself}),
-        OPS,
-        at(MASK),
-        place="strict",
-    ),
-    Fault("mask not causal", "the mask is not causal", instead({"attention_mask": a.not_causal}), OPS, at(MASK)),
-    Fault(
-        "mask not causal",
-        "the scores are not masked",
-        instead({"layers.1.attn.masked": a.not_masked}),
-        OPS,
-        at("layers.1.attn.masked"),
-        place="one layer",
-    ),
-    Fault(
-        "sliding window", "the mask is a sliding window", instead({"attention_mask": a.sliding_window}), OPS, at(MASK)
-    ),
-    Fault(
-        "documents not separated",
-        "packed documents attend to each other",
-        instead({"attention_mask": a.across_documents}),
-        OPS,
-        at(MASK),
-    ),
-    Fault(
-        "mask value too small",
-        "hidden scores are not low enough",
-        _masked_by(a.mask_too_small),
-        OPS,
-        at(MASKED),
-    ),
-    Fault(
-        "mask value too small",
-        "hidden scores are not low enough",
-        _masked_by(a.mask_of_gpt2),
-        OPS,
-        at(MASKED),
-        place="-10,000",
-        equivalent=lambda *_: "exp(-10,000) is zero in float32: no attention weight changes",
-    ),
-    Fault("mask multiplied", "the mask is multiplied with the scores", _masked_by(a.mask_of_zero), OPS, at(MASKED)),
-    Fault("mask added as ones", "the mask is added as ones and zeros", _masked_by(a.mask_added), OPS, at(MASKED)),
-    Fault("mask inverted", "the mask is inverted", _masked_by(a.mask_inverted), OPS, at(MASKED)),
-)
-
-SOFTMAX = (
-    Fault(
-        "softmax in low precision",
-        "softmax is computed in bfloat16",
-        instead({"softmax": a.softmax_in_bfloat16}),
-        OPS,
-        at(WEIGHTS),
-        place="bfloat16",
-    ),
-    Fault(
-        "softmax in low precision",
-        "softmax is computed in float16",
-        instead({"softmax": a.softmax_in_float16}),
-        OPS,
-        at(WEIGHTS),
-        place="float16",
-    ),
-    Fault(
-        "softmax over the wrong axis",
-        "softmax runs over queries",
-        instead({"softmax": a.softmax_over_queries}),
-        OPS,
-        at(WEIGHTS),
-        place="queries",
-    ),
-    Fault(
-        "softmax over the wrong axis",
-        "softmax runs over heads",
-        instead({"layers.1.attn.weights": a.softmax_over_heads}),
-        OPS,
-        at("layers.1.attn.weights"),
-        place="heads",
-    ),
-    Fault(
-        "softmax base 2",
-        "softmax takes powers of 2",
-        instead({"softmax": a.softmax_base_2}),
-        OPS,
-        at(WEIGHTS),
-    ),
-    Fault(
-        "softmax with one more",
-        "one is added to softmax's denominator",
-        instead({"softmax": a.softmax_with_sink}),
-        OPS,
-        at(WEIGHTS),
-    ),
-    Fault(
-        "softmax without its maximum",
-        "softmax does not subtract the maximum",
-        instead({"softmax": a.softmax_unshifted}),
-        OPS,
-        at(WEIGHTS),
-        equivalent=lambda *_: "it changes rounding only, while scores stay below 88; these do",
-    ),
-)
-
-ATTENTION = (*HEADS, *ROTATION, *PRODUCTS, *MASKS, *SOFTMAX)
+ATTENTION = (*HEADS, *QK_NORMS, *ROTATION, *PRODUCTS, *MASKS, *SOFTMAX)

@@ -32,11 +32,18 @@ class Places:
     """(B, 1, 1): the slot behind its last real token."""
     width: int
     """T."""
+    window: float
+    """How many tokens each sees; infinite for all before it."""
+
+    @property
+    def near(self) -> Any:
+        """Keys that are not before the query's window."""
+        return self.key > self.query - self.window
 
     @property
     def right(self) -> Any:
-        """Each token sees itself and what came before."""
-        return self.key <= self.query
+        """Each token sees itself and what came before, in its window."""
+        return (self.key <= self.query) & self.near
 
     @property
     def longest(self) -> Any:
@@ -45,24 +52,26 @@ class Places:
 
 
 Pattern = Callable[[Places], Any]
-BLIND, AHEAD, FUTURE, PADDING = (
+BLIND, AHEAD, FUTURE, PADDING, BEFORE = (
     "cached token blind to itself",
     "causal mask off by one",
     "prefill not causal",
     "padding or unwritten slots visible",
+    "sliding window ignored",
 )
 PATTERNS: tuple[tuple[str, str, Pattern], ...] = (
-    (BLIND, "with each token itself visible", lambda at: at.key < at.query),
-    (AHEAD, "with the next slot hidden", lambda at: at.key <= at.query + 1),
-    (FUTURE, "with later tokens of the prompt hidden", lambda at: at.right | (at.key < at.end)),
+    (BLIND, "with each token itself visible", lambda at: (at.key < at.query) & at.near),
+    (AHEAD, "with the next slot hidden", lambda at: (at.key <= at.query + 1) & at.near),
+    (BEFORE, "with tokens before the window hidden", lambda at: at.key <= at.query),
+    (FUTURE, "with later tokens of the prompt hidden", lambda at: at.right | (at.key < at.end) & at.near),
     (
         FUTURE,
         "with later tokens of the prompt, and its padding, hidden",
-        lambda at: at.right | (at.key < at.start + at.width) & (at.width > 1),
+        lambda at: at.right | (at.key < at.start + at.width) & (at.width > 1) & at.near,
     ),
-    (FUTURE, "with all but earlier tokens hidden", lambda at: at.right | (at.width > 1)),
+    (FUTURE, "with all but earlier tokens hidden", lambda at: at.right | (at.width > 1) & at.near),
     (PADDING, "with unwritten slots hidden", lambda at: at.right | (at.key >= at.end)),
-    (PADDING, "with the padding of the batch hidden", lambda at: at.right | (at.key <= at.longest)),
+    (PADDING, "with the padding of the batch hidden", lambda at: at.right | (at.key <= at.longest) & at.near),
     (PADDING, "with all but earlier tokens hidden", lambda at: at.right | True),
 )
 """Wrong masks, (B, T, S): the cause, what undoes them, and how they come about."""
@@ -71,7 +80,9 @@ PATTERNS: tuple[tuple[str, str, Pattern], ...] = (
 def places(config: ModelConfig, ids: Any, counts: Any, cache: KVCache) -> Places:
     """Of one call."""
     given, start = model_inputs.of_step(config, ids, counts, cache), cache.lengths[:, None, None]
-    return Places(given["slots"][..., None], given["key_slots"], start, start + counts[:, None, None], ids.shape[1])
+    window = jnp.inf if config.sliding_window is None else config.sliding_window
+    end = start + counts[:, None, None]
+    return Places(given["slots"][..., None], given["key_slots"], start, end, ids.shape[1], window)
 
 
 def fits(site: DecodeSite, call: Call, pattern: Pattern) -> bool:
@@ -127,6 +138,6 @@ def _turned(candidate: Candidate, pattern: Pattern, only: Callable[[int], bool])
 
 _ADVICE = "slots and mask follow from the cache's lengths: cached_inputs in jaxgpt/model.py, attention_mask in its ops"
 REPAIRS: tuple[Repair, ...] = tuple(
-    Repair(cause, _ADVICE, (decode.NAME,), _named(cause)) for cause in (BLIND, AHEAD, FUTURE, PADDING)
+    Repair(cause, _ADVICE, (decode.NAME,), _named(cause)) for cause in (BLIND, AHEAD, FUTURE, PADDING, BEFORE)
 )
 """By the pattern of the mask."""

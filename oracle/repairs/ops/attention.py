@@ -9,7 +9,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import Leaves
 from oracle.repairs.ops.black_box import BlackBox, Change, op_repair
-from oracle.repairs.ops.rope import rotated
+from oracle.repairs.ops.rope import rotated, stretch
 from oracle.repairs.repair import Repair
 
 _SPLIT = ("split_query_heads", "split_kv_heads")
@@ -86,7 +86,7 @@ def normalised(box: BlackBox) -> Iterator[Change]:
 
 def _proper(box: BlackBox, x: Any, *angles: Any) -> Any:
     if angles:
-        return rotated(x, *angles)
+        return rotated(x, *angles, times=stretch(box))
     return x.reshape(*x.shape[:2], _heads(box), -1).swapaxes(1, 2)
 
 
@@ -258,7 +258,7 @@ REPAIRS: tuple[Repair, ...] = (
     op_repair("heads in reverse order", _ORDER, _HEADS, backwards),
     op_repair(
         "queries or keys normalised",
-        "this model has no QK-norm: _split_heads and rope in jaxgpt/ops.py leave lengths as they are",
+        "QK-norm is an op of its own where a model has it: _split_heads and rope in jaxgpt/ops.py normalise nothing",
         (*_SPLIT, "rope"),
         normalised,
     ),

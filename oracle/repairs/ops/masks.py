@@ -12,8 +12,8 @@ from oracle.compare import HIDDEN
 from oracle.repairs.ops.black_box import BlackBox, Change, Maker, op_repair, wide
 from oracle.repairs.repair import Repair
 
-Pattern = Callable[[Any, Any], Any]
-"""(may attend by time alone, same document) to a wrong mask, all (B, 1, T, S); see `_times` for the first."""
+Pattern = Callable[[Any, Any, float], Any]
+"""(how long ago, same document, width of the window) to a wrong mask, all (B, 1, T, S); see `_times` for the first."""
 
 
 def _times(slots: Any, key_slots: Any) -> Any:
@@ -23,18 +23,34 @@ def _times(slots: Any, key_slots: Any) -> Any:
 
 PATTERNS: dict[str, dict[str, Pattern]] = {
     "causal mask off by one": {
-        "with the token itself visible": lambda ago, same: (ago > 0) & same,
-        "with the next token hidden": lambda ago, same: (ago >= -1) & same,
+        "with the token itself visible": lambda ago, same, width: (ago > 0) & (ago < width) & same,
+        "with the next token hidden": lambda ago, same, width: (ago >= -1) & (ago < width) & same,
     },
-    "no causal mask": {"with later tokens hidden": lambda ago, same: same},
-    "documents not separated": {"with other documents hidden": lambda ago, same: ago >= 0},
+    "no causal mask": {"with later tokens hidden": lambda ago, same, width: (ago < width) & same},
+    "documents not separated": {"with other documents hidden": lambda ago, same, width: (ago >= 0) & (ago < width)},
+    "sliding window ignored": {
+        "with tokens before the window hidden": lambda ago, same, width: (ago >= 0) & same,
+    },
     "no attention mask at all": {
-        "with later tokens and other documents hidden": lambda ago, same: jnp.full(same.shape, True)
+        "with later tokens and other documents hidden": lambda ago, same, width: jnp.full(same.shape, True)
     },
-    "attention mask transposed": {"with earlier instead of later tokens": lambda ago, same: (ago <= 0) & same},
-    "attention mask inverted": {"with the mask inverted": lambda ago, same: ~((ago >= 0) & same)},
+    "attention mask transposed": {
+        "with earlier instead of later tokens": lambda ago, same, width: (ago <= 0) & (-ago < width) & same
+    },
+    "attention mask inverted": {
+        "with the mask inverted": lambda ago, same, width: ~((ago >= 0) & (ago < width) & same)
+    },
 }
 """Wrong masks by cause and by the change that undoes them."""
+
+
+def _right(ago: Any, same: Any, width: float) -> Any:
+    return (ago >= 0) & (ago < width) & same
+
+
+def _width(box: BlackBox) -> float:
+    """Of the reference's window; infinite where it has none."""
+    return box.facts.window or np.inf
 
 
 def entries(named: dict[str, Pattern]) -> Maker:
@@ -42,19 +58,19 @@ def entries(named: dict[str, Pattern]) -> Maker:
 
     def maker(box: BlackBox) -> Iterator[Change]:
         for change, pattern in named.items():
-            yield box.turned(change, _turned(pattern))
+            yield box.turned(change, _turned(pattern, _width(box)))
 
     return maker
 
 
-def _turned(pattern: Pattern) -> Callable[..., Any]:
+def _turned(pattern: Pattern, width: float) -> Callable[..., Any]:
     def output(y: Any, slots: Any, key_slots: Any, segments: Any, key_segments: Any) -> Any:
         ago = _times(slots, key_slots)
         # A cached forward has one document a row and no segments.
         same = (
             jnp.full(ago.shape, True) if segments is None else segments[:, None, :, None] == key_segments[:, None, None]
         )
-        return y ^ ((ago >= 0) & same) ^ pattern(ago, same)
+        return y ^ _right(ago, same, width) ^ pattern(ago, same, width)
 
     return output
 
@@ -63,13 +79,26 @@ def window(box: BlackBox) -> Iterator[Change]:
     """A mask that hides what is further back than the furthest that its answer shows."""
     slots, key_slots, segments, key_segments = map(np.asarray, box.site.inputs)
     ago, same = _times(slots, key_slots), segments[:, None, :, None] == key_segments[:, None, None]
-    right = (ago >= 0) & same
+    right = _right(ago, same, _width(box))
     if box.answer.shape != right.shape or not box.answer.any():
         return
     width = int(ago[box.answer].max()) + 1
-    if width <= int(ago[right].max()):
+    if box.facts.window is None and width <= int(ago[right].max()):
         change = f"without a window of {width} tokens"
-        yield from entries({change: lambda ago, same: (ago >= 0) & (ago < width) & same})(box)
+        yield from entries({change: lambda ago, same, _: _right(ago, same, width)})(box)
+
+
+def other_window(box: BlackBox) -> Iterator[Change]:
+    """A window of another width than the model's: that of the furthest token that its answer shows."""
+    slots, key_slots, *_ = map(np.asarray, box.site.inputs)
+    ago, wanted = _times(slots, key_slots), box.facts.window
+    if wanted is None or box.answer.shape != ago.shape or not box.answer.any():
+        return
+    yield from box.configured(f"with a window of {wanted} tokens in the config", sliding_window=wanted)
+    width = int(ago[box.answer].max()) + 1
+    if width != wanted and width <= int(ago.max()):
+        change = f"with a window of {wanted} tokens instead of {width}"
+        yield from entries({change: lambda ago, same, _: _right(ago, same, width)})(box)
 
 
 # -- Application to the scores ---------------------------------------------------------
@@ -85,7 +114,7 @@ def applied(named: dict[str, Pattern]) -> Maker:
         ago = _times(np.broadcast_to(counted, segments.shape), counted)
         same = segments[:, None, :, None] == segments[:, None, None]
         for change, pattern in named.items():
-            wrong = np.broadcast_to(np.asarray(pattern(ago, same)), right.shape)
+            wrong = np.broadcast_to(np.asarray(pattern(ago, same, _width(box))), right.shape)
             if _is_masked_by(box, scores, wrong):
                 yield change, _put_right(box, wrong)
 
@@ -202,11 +231,13 @@ def scale_undone(box: BlackBox) -> Iterator[Change]:
 
 
 _MASK = "a token may attend to itself and to earlier tokens of its document: attention_mask in jaxgpt/ops.py"
+_WINDOW = "a token may attend to sliding_window tokens, itself included: the config and attention_mask in jaxgpt/ops.py"
 _APPLY = "the mask op in jaxgpt/ops.py writes float32's minimum wherever the mask says no"
 _SOFTMAX = "the softmax op in jaxgpt/ops.py is a plain softmax over the last axis"
 REPAIRS: tuple[Repair, ...] = (
     *(op_repair(cause, _MASK, ("attention_mask",), entries(named)) for cause, named in PATTERNS.items()),
     op_repair("sliding window", _MASK, ("attention_mask",), window),
+    op_repair("sliding window of another width", _WINDOW, ("attention_mask",), other_window),
     op_repair("mask value too small", _APPLY, ("mask",), value),
     op_repair("mask multiplied into the scores", _APPLY, ("mask",), by(lambda scores, allowed: scores * allowed)),
     op_repair("mask added to the scores as 0 and 1", _APPLY, ("mask",), by(lambda scores, allowed: scores + allowed)),

@@ -183,8 +183,14 @@ def left_out(box: BlackBox) -> Iterator[Change]:
 
 
 def over(*axes: int) -> Callable[[Form], Form]:
-    """Statistics over other axes of (B, T, D)."""
+    """Statistics over other axes of (B, T, D) or (B, N, T, H)."""
     return lambda form: replace(form, axes=axes)
+
+
+def over_all_heads(box: BlackBox) -> Iterator[Change]:
+    """One root mean square for all heads of a token, where each head has its own."""
+    if np.ndim(box.site.inputs[0]) == 4:
+        yield from written("statistics over all heads together", over(-3, -1))(box)
 
 
 _EPS = "check rms_norm_eps in the config (jaxgpt/config.py) and where the norm op adds it"
@@ -248,12 +254,17 @@ _TABLE: tuple[tuple[str, str, Maker], ...] = (
     (
         "norm over the wrong axis",
         f"average over the last axis only in {IN_NORM}",
-        written("statistics over the positions", over(1)),
+        written("statistics over the positions", over(-2)),
     ),
     (
         "norm over the wrong axis",
         f"average over the last axis only in {IN_NORM}",
-        written("statistics over whole sequences", over(1, 2)),
+        written("statistics over whole sequences", over(-2, -1)),
+    ),
+    (
+        "heads normalised together instead of each by itself",
+        f"average over the H dimensions of each head in {IN_NORM}, after the heads are split",
+        over_all_heads,
     ),
 )
 REPAIRS: tuple[Repair, ...] = tuple(op_repair(cause, advice, ("norm",), maker) for cause, advice, maker in _TABLE)

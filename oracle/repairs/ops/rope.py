@@ -1,6 +1,7 @@
 """Repairs of rotary positions: the angles, and the rotation by them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.ops import Leaves
 from oracle.repairs.ops.black_box import BlackBox, Change, nice, op_repair, wide
 from oracle.repairs.repair import Repair
+from torchref import llama
 from torchref.config import Rope
 from torchref.llama import frequencies
 
-LARGEST = 1e12
-"""No base is larger."""
+SMALLEST, LARGEST = 1.001, 1e12
+"""No base is smaller or larger."""
 
 # -- Angles ----------------------------------------------------------------------------
 
@@ -58,13 +60,13 @@ def _theta_in_use(box: BlackBox, **fields: Any) -> float | None:
     angle = box.given([np.ones((1, 1), np.int32)]).astype(np.float64).ravel()
     if angle.shape != (half,) or half < 2 or not (angle > 0).all():
         return None
-    low, high = 0.0, np.log(LARGEST)
+    low, high = np.log(SMALLEST), np.log(LARGEST)
     for _ in range(60):
         middle = (low + high) / 2
         slower = _other(box, theta=float(np.exp(middle)), **fields)[-1] < angle[-1]
         low, high = (low, middle) if slower else (middle, high)
     # One digit of the angle, half / (half - 1) times.
-    return nice(float(np.exp(low)), 8e-7) if 0 < low < np.log(LARGEST) * 0.999 else None
+    return nice(float(np.exp(low)), 8e-7) if np.log(SMALLEST) < low < np.log(LARGEST) * 0.999 else None
 
 
 def unscaled(box: BlackBox) -> Iterator[Change]:
@@ -78,9 +80,12 @@ def unscaled(box: BlackBox) -> Iterator[Change]:
 
 
 def _scaling(rope: Rope) -> RopeScaling:
-    assert rope.kind in ("linear", "llama3")
+    assert rope.kind in ("linear", "llama3", "yarn")
     if rope.kind == "linear":
         return RopeScaling("linear", rope.factor)
+    if rope.kind == "yarn":
+        said = {field.name: getattr(rope, field.name) for field in fields(RopeScaling) if hasattr(rope, field.name)}
+        return RopeScaling.from_dict({**said, "rope_type": "yarn", "low_freq_factor": 1.0, "high_freq_factor": 4.0})
     spread = rope.low_freq_factor, rope.high_freq_factor
     return RopeScaling("llama3", rope.factor, *spread, rope.original_max_position_embeddings)
 
@@ -113,12 +118,27 @@ def other_kind(box: BlackBox) -> Iterator[Change]:
     """The factor of the model's scaling in a scaling of the other kind."""
     rope, context = box.facts.rope, box.site.candidate.config.max_position_embeddings
     assert rope is not None
-    if rope.kind == "llama3":
-        yield _divided(box, "with llama3 scaling instead of linear", _other(box, kind="linear"))
+    if rope.kind in ("llama3", "yarn"):
+        yield _divided(box, f"with {rope.kind} scaling instead of linear", _other(box, kind="linear"))
+    if rope.kind == "yarn":
+        yield from _other_ramp(box, rope, context)
     if rope.kind == "linear":
         for original in dict.fromkeys((*(scaling.original_max_position_embeddings for scaling in LLAMA3), context)):
             wrong = Rope(rope.theta, "llama3", rope.factor, 1.0, 4.0, original)
             yield _divided(box, "with linear scaling instead of llama3", _other(box, **vars(wrong)))
+
+
+def _other_ramp(box: BlackBox, rope: Rope, context: int) -> Iterator[Change]:
+    """yarn between other pairs: the new context taken for the old one, or ends rounded or not."""
+    old, truncates = rope.original_max_position_embeddings, rope.truncate
+    ramps = {
+        f"with the old context of {old}, not {context}": {"original_max_position_embeddings": context},
+        f"with the ends of the ramp {'rounded' if truncates else 'not rounded'}": {"truncate": not truncates},
+    }
+    for change, changed in ramps.items():
+        wrong = _other(box, **changed)
+        if not np.allclose(wrong, proper(box), rtol=1e-6):
+            yield _divided(box, change, wrong)
 
 
 def other_width(box: BlackBox) -> Iterator[Change]:
@@ -154,10 +174,15 @@ def _common_factor(box: BlackBox) -> float | None:
 # -- Rotation --------------------------------------------------------------------------
 
 
-def rotated(x: Any, angles: Any) -> Any:
+def stretch(box: BlackBox) -> float:
+    """By how much the reference's rotation lengthens: 1 but for yarn."""
+    return llama.stretch(box.facts.rope) if box.facts.rope else 1.0
+
+
+def rotated(x: Any, angles: Any, times: float = 1.0) -> Any:
     """x (B, N, T, H) turned by angles (B, T, H / 2): the pairs (i, i + H / 2) as complex numbers."""
     first, second = jnp.split(wide(x), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = (np.float32(times) * function(angles)[:, None] for function in (jnp.cos, jnp.sin))
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
@@ -193,12 +218,20 @@ def exchanged(box: BlackBox) -> Iterator[Change]:
 
 def missing(box: BlackBox) -> Iterator[Change]:
     """Rotate an output that is not."""
-    yield box.turned("with its output rotated", lambda y, x, angles: rotated(y, angles))
+    yield box.turned("with its output rotated", lambda y, x, angles: rotated(y, angles, stretch(box)))
 
 
 def twice(box: BlackBox) -> Iterator[Change]:
     """Rotate an output back."""
-    yield box.turned("with its output rotated back once", lambda y, x, angles: rotated(y, -angles))
+    yield box.turned("with its output rotated back once", lambda y, x, angles: rotated(y, -angles, 1 / stretch(box)))
+
+
+def unstretched(box: BlackBox) -> Iterator[Change]:
+    """yarn's attention factor left out, or taken twice."""
+    factor = stretch(box)
+    if factor != 1:
+        yield box.scaled(f"with its output multiplied by yarn's attention factor {factor:.6g}", factor)
+        yield box.scaled(f"with its output divided by yarn's attention factor {factor:.6g} once", 1 / factor)
 
 
 def shifted(by: int) -> Callable[[BlackBox], Iterator[Change]]:
@@ -223,7 +256,8 @@ def partial_head(box: BlackBox) -> Iterator[Change]:
     if 0 < alone < x.shape[-1] and not alone % 2:
         width = x.shape[-1] - alone
         for named, angles in ((f"the first {width} dimensions", _first), (f"{width} as a head of its own", _own(box))):
-            yield box.less(_part(width, angles), lambda p, x, a: rotated(x, a), named, "whole heads rotated")
+            part = _part(width, angles, stretch(box))
+            yield box.less(part, lambda p, x, a: rotated(x, a, stretch(box)), named, "whole heads rotated")
     pairs = int(np.argmin((same[:half] & same[half:])[::-1]))
     if 0 < pairs < half:
         turned = half - pairs
@@ -233,9 +267,9 @@ def partial_head(box: BlackBox) -> Iterator[Change]:
         )
 
 
-def _part(width: int, angles: Callable[[Any, int], Any]) -> Callable[..., Any]:
+def _part(width: int, angles: Callable[[Any, int], Any], times: float) -> Callable[..., Any]:
     return lambda p, x, given: jnp.concatenate(
-        [rotated(x[..., :width], angles(given, width // 2)), x[..., width:]], axis=-1
+        [rotated(x[..., :width], angles(given, width // 2), times), x[..., width:]], axis=-1
     )
 
 
@@ -267,6 +301,12 @@ REPAIRS: tuple[Repair, ...] = (
     ),
     op_repair("RoPE direction reversed", _DIRECTION, ("rope", "angles"), reversed_direction),
     op_repair("RoPE sine and cosine exchanged", _ROPE, ("rope",), exchanged),
+    op_repair(
+        "yarn's attention factor missing or applied twice",
+        "cosines and sines are multiplied by RopeScaling.magnitude once: the rope op in jaxgpt/ops.py",
+        ("rope",),
+        unstretched,
+    ),
     op_repair("RoPE missing", _ROPE, ("rope",), missing),
     op_repair("RoPE applied twice", _ROPE, ("rope",), twice),
     op_repair("RoPE on part of the head only", _ROPE, ("rope",), partial_head),

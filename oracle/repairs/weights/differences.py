@@ -14,7 +14,7 @@ from oracle.rungs.bits import ParameterSite, equal, is_finite, sampled
 FEW = 4
 """So many wrong elements are few in any tensor of four times as many; of large ones, one in THOUSANDTH."""
 THOUSANDTH = 1000
-NORMS = ("attn_norm", "mlp_norm", "final_norm")
+NORMS = ("attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm")
 READ_BY = {"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")}
 
 

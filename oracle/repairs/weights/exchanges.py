@@ -81,7 +81,10 @@ def _of_heads(biases: bool) -> Undo:
     return undo
 
 
-_NAMED = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("attn_norm", "mlp_norm"))
+_NAMED = (
+    *(("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("attn_norm", "mlp_norm")),
+    ("attn.q_norm", "attn.k_norm"),
+)
 
 
 def _others(site: ParameterSite) -> Iterator[Variant]:
@@ -200,6 +203,7 @@ EXCHANGES: tuple[Repair, ...] = (
         _of_heads(biases=True),
     ),
     repair("gate and up swapped", f"the rows mlp.gate and mlp.up {_TABLE}", _among(_NAMED[1])),
+    repair("query and key norms swapped", f"the rows attn.q_norm and attn.k_norm {_TABLE}", _among(_NAMED[3])),
     repair("attention and MLP norms swapped", f"the rows attn_norm and mlp_norm {_TABLE}", _among(_NAMED[2])),
     repair("parameters of equal shape swapped", f"the rows of the two {_TABLE}", _others),
 )
