@@ -1,43 +1,37 @@
 """Text to ids and back: one Tokenizer, its kinds, and its state.
 
-A tokenizer is a base vocabulary (its kind) plus special tokens that only a
-template may emit. Ids run: base vocabulary, special tokens added by jaxgpt, then
-rows that mean nothing, up to the model's embedding. The state saves every one of
+A tokenizer is a base vocabulary (its kind) plus special tokens that only a template
+may emit, and added tokens that are content. Ids run: base vocabulary, tokens added by
+jaxgpt, then rows that mean nothing, up to the model's embedding. The state saves every one of
 these facts, so that loading never depends on what today's code would generate.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt import vocabulary
-from jaxgpt.errors import InputError, first
-from jaxgpt.vocabulary import Encoder, exact_keys, kind_named, refuse_invalid_unicode
+from jaxgpt.errors import InputError
+from jaxgpt.special_tokens import (
+    ALWAYS,
+    END,
+    END_OF_TEXT,
+    PAD,
+    Special,
+    check_added,
+    check_specials,
+    saved_added,
+    saved_specials,
+)
+from jaxgpt.vocabulary import Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
 
 if TYPE_CHECKING:
     from jaxgpt.chat import Template
 
-END_OF_TEXT = "end_of_text"
-PAD = "pad"
-END = "end"
-"""Name of the special token that ends a turn, in templates that have one."""
-ALWAYS = {END_OF_TEXT: vocabulary.END_OF_TEXT, PAD: "<|pad|>"}
-"""Special tokens of every tokenizer, name to string; `pad` only where the embedding has a row for it."""
-
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Version 1 had neither added tokens nor files."""
 ROW_MULTIPLE = 64
 """Embedding rows are rounded up to this, which matrix units like."""
-
-
-@dataclass(frozen=True)
-class Special:
-    """A special token: what code calls it, what decoding prints, and its id."""
-
-    name: str
-    text: str
-    id: int
 
 
 # -- The tokenizer ---------------------------------------------------------------------
@@ -52,26 +46,47 @@ class Tokenizer:
         base_vocab_size: ids of the base vocabulary, its own special tokens included.
         vocab_size: one more than the highest id that means something.
         model_vocab_size: rows of the model's embedding, at least vocab_size.
+        encoder: the base vocabulary.
+        added: tokens that are content and one id each wherever they occur in text, string to id.
+        files: files of the folder it came from that say more than the state, name to text.
     """
 
-    def __init__(self, kind: str, encoder: Encoder, specials: Iterable[Special], model_vocab_size: int) -> None:
-        """Use `create` or `from_state`. Raises InputError where ids, names or strings clash."""
+    def __init__(
+        self,
+        kind: str,
+        encoder: Encoder,
+        specials: Iterable[Special],
+        model_vocab_size: int,
+        *,
+        added: Mapping[str, int] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Use `create` or `from_state`. Raises InputError where ids, names or strings clash.
+
+        `added` are the tokens besides the vocabulary's own.
+        """
         self.kind = kind
         self.base_vocab_size = encoder.size
+        self.files = dict(files or {})
+        self._added = dict(added or {})
+        self.added = {**encoder.added, **self._added}
         self.specials = tuple(sorted(specials, key=lambda special: special.id))
         self.model_vocab_size = model_vocab_size
-        self._encoder = encoder
-        _check_specials(self.specials, encoder, model_vocab_size)
-        self.vocab_size = max([self.base_vocab_size, *(special.id + 1 for special in self.specials)])
+        self.encoder = encoder
+        check_specials(self.specials, encoder, model_vocab_size)
+        check_added(self._added, self.specials, encoder, model_vocab_size)
+        ids = [*self._added.values(), *(special.id for special in self.specials)]
+        self.vocab_size = max([self.base_vocab_size, *(id + 1 for id in ids)])
         self._tokens = [*encoder.token_bytes(), *[b""] * (self.vocab_size - encoder.size)]
         for special in self.specials:
             self._tokens[special.id] = special.text.encode()
+        for text, id in self._added.items():
+            self._tokens[id] = text.encode()
         self._by_name = {special.name: special for special in self.specials}
         self._id_of_text = {special.text: special.id for special in self.specials}
         self.special_ids = frozenset(self._id_of_text.values())
-        # Alternatives are tried in order: the longest first, so that no prefix can win.
-        longest_first = sorted(self._id_of_text, key=len, reverse=True)
-        self._marker = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._marker = _any_of(self._id_of_text)
+        self._domain = _any_of(self._added)
 
     @classmethod
     def create(
@@ -96,17 +111,47 @@ class Tokenizer:
             InputError: unknown kind, too few rows, clashing special tokens, or a
                 lone surrogate in the corpus.
         """
-        encoder = kind_named(kind).build(corpus)
-        own = encoder.specials.get(ALWAYS[END_OF_TEXT])
-        specials = [] if own is None else [Special(END_OF_TEXT, ALWAYS[END_OF_TEXT], own)]
-        wanted = dict(template.specials) if specials else {END_OF_TEXT: ALWAYS[END_OF_TEXT], **template.specials}
-        if model_vocab_size is None or model_vocab_size > encoder.size + len(wanted):
+        return cls.of_vocabulary(kind, kind_named(kind).build(corpus), template, model_vocab_size)
+
+    @classmethod
+    def of_vocabulary(
+        cls,
+        kind: str,
+        encoder: Encoder,
+        template: "Template | None",
+        model_vocab_size: int | None = None,
+        *,
+        names: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> "Tokenizer":
+        """A tokenizer of a base vocabulary; its own special tokens keep their ids.
+
+        Args:
+            kind: the encoder's.
+            encoder: the vocabulary.
+            template: what it asks for that the vocabulary lacks gets the next ids, as do
+                `end_of_text` and, where there is a row, `pad`. Without one, only a
+                missing `end_of_text` does.
+            model_vocab_size: as in `create`.
+            names: what code calls the vocabulary's own special tokens, name to string;
+                the others go by their string.
+            files: see `Tokenizer.files`.
+
+        Raises:
+            InputError: too few rows, or clashing special tokens.
+        """
+        asked = dict(template.specials) if template else {}
+        own = _names_by_text(encoder, names or {}, asked)
+        specials = [Special(own.get(text, text), text, id) for text, id in encoder.specials.items()]
+        found = {special.name for special in specials}
+        wanted = {name: text for name, text in {**ALWAYS, **asked}.items() if name not in found and name != PAD}
+        needed = encoder.size + len(wanted)
+        if template and PAD not in found and (model_vocab_size is None or model_vocab_size > needed):
             wanted[PAD] = ALWAYS[PAD]
-        specials += _numbered(wanted, encoder.size)
         needed = encoder.size + len(wanted)
         rows = -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE if model_vocab_size is None else model_vocab_size
         _refuse_too_few_rows(needed, rows, template)
-        return cls(kind, encoder, specials, rows)
+        return cls(kind, encoder, [*specials, *_numbered(wanted, encoder.size)], rows, files=files)
 
     def with_template(self, template: "Template") -> "Tokenizer":
         """This tokenizer plus what the template lacks, in rows of the embedding that meant nothing.
@@ -126,7 +171,30 @@ class Tokenizer:
         wanted = {name: text for name, text in template.specials.items() if name not in self._by_name}
         _refuse_too_few_rows(self.vocab_size + len(wanted), self.model_vocab_size, template)
         specials = [*self.specials, *_numbered(wanted, self.vocab_size)]
-        return Tokenizer(self.kind, self._encoder, specials, self.model_vocab_size)
+        # What another program noted of the tokens is not all of them any more.
+        files = {} if wanted else self.files
+        return Tokenizer(self.kind, self.encoder, specials, self.model_vocab_size, added=self._added, files=files)
+
+    def with_added(self, texts: Iterable[str]) -> "Tokenizer":
+        """This tokenizer with domain tokens, such as `<MUL_2_3_6>`: one id each wherever they occur in text.
+
+        They are content: decoding prints them, `skip_specials` too, and people may type
+        them. Every other id keeps its meaning. Where the embedding has too few rows the
+        new tokenizer asks for more (`model_vocab_size`), and the model must get them.
+
+        Raises:
+            InputError: an empty string, or one that is a token already.
+        """
+        wanted = list(dict.fromkeys(texts))
+        added = {**self._added, **{text: id for id, text in enumerate(wanted, start=self.vocab_size)}}
+        for text in wanted:
+            taken = self._id_of_text.get(text, self.added.get(text))
+            if taken is not None:
+                raise InputError(f"{text} is token {taken} already; leave it out")
+        needed = self.vocab_size + len(wanted)
+        more = -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = self.model_vocab_size if needed <= self.model_vocab_size else more
+        return Tokenizer(self.kind, self.encoder, self.specials, rows, added=added)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of the text.
@@ -139,14 +207,29 @@ class Tokenizer:
         """
         refuse_invalid_unicode(text)
         if not specials:
-            return self._encoder.encode_ordinary(text)
+            return self._ordinary(text)
         ids: list[int] = []
         for piece in self._marker.split(text):
             if piece in self._id_of_text:
                 ids.append(self._id_of_text[piece])
             else:
-                ids += self._encoder.encode_ordinary(piece)
+                ids += self._ordinary(piece)
         return ids
+
+    def _ordinary(self, text: str) -> list[int]:
+        if not self._added:
+            return self.encoder.encode_ordinary(text)
+        ids: list[int] = []
+        for piece in self._domain.split(text):
+            if piece in self._added:
+                ids.append(self._added[piece])
+            elif piece:
+                ids += self.encoder.encode_ordinary(piece)
+        return ids
+
+    def normalise(self, text: str) -> str:
+        """What decoding the ids of the text gives back: the text itself, or its Unicode normal form (Qwen2: NFC)."""
+        return self.encoder.normalise(text)
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Text of the ids; an id without a token is nothing, bytes that are not UTF-8 are U+FFFD."""
@@ -175,6 +258,31 @@ class Tokenizer:
         return self._by_name[name]
 
     @property
+    def merges(self) -> Merges:
+        """Pairs of tokens that BPE joins, in the order of their rank; empty for a vocabulary without."""
+        return self.encoder.merges
+
+    @property
+    def pre_tokenizer(self) -> str:
+        """llama.cpp's name of the rule that cuts text into words: `gpt-2`, `qwen2`, `llama-bpe`; else empty."""
+        return self.encoder.pre_tokenizer
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What the vocabulary is made to put before every text (Llama 3); `encode` never does."""
+        return self.encoder.bos_ids
+
+    @property
+    def unknown_ids(self) -> Sequence[int]:
+        """Ids that stand for text the vocabulary lacks."""
+        return self.encoder.unknown_ids
+
+    @property
+    def unknown_cause(self) -> str:
+        """Why there may be many unknown ids."""
+        return self.encoder.unknown_cause
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a reply: end of text, and the template's end of turn where it has one."""
         return tuple(self._by_name[name].id for name in (END_OF_TEXT, END) if name in self._by_name)
@@ -194,7 +302,9 @@ class Tokenizer:
             "special_tokens": [special.text for special in self.specials],
             "special_token_ids": {special.text: special.id for special in self.specials},
             "special_name_ids": {special.name: special.id for special in self.specials},
-            "data": self._encoder.data(),
+            "added_token_ids": self._added,
+            "files": self.files,
+            "data": self.encoder.data(),
         }
 
     @classmethod
@@ -210,8 +320,12 @@ class Tokenizer:
                 the model's, or special tokens that contradict each other or the base
                 vocabulary; both maps are in the message.
         """
-        if state.get("version") != STATE_VERSION:
-            raise InputError(f"tokenizer state has version {state.get('version')!r}; this jaxgpt reads {STATE_VERSION}")
+        if state.get("version") not in (1, STATE_VERSION):
+            raise InputError(
+                f"tokenizer state has version {state.get('version')!r}; this jaxgpt reads 1 to {STATE_VERSION}"
+            )
+        if state["version"] == 1:
+            state = {"added_token_ids": {}, "files": {}, **state}
         exact_keys("tokenizer state", state, _STATE_KEYS)
         encoder = kind_named(state["kind"]).restore(state["data"])
         if state["base_vocab_size"] != encoder.size:
@@ -225,7 +339,8 @@ class Tokenizer:
                 f"the model embeds {model_vocab_size}; load the tokenizer saved with this model"
             )
         try:
-            return cls(state["kind"], encoder, _saved_specials(state), model_vocab_size)
+            specials, added = saved_specials(state), saved_added(state)
+            return cls(state["kind"], encoder, specials, model_vocab_size, added=added, files=state["files"])
         except InputError as error:
             maps = (json.dumps(state[key], ensure_ascii=False) for key in ("special_token_ids", "special_name_ids"))
             raise InputError("{}; saved strings {}, names {}".format(error, *maps)) from None
@@ -239,72 +354,38 @@ _STATE_KEYS = {
     "special_tokens",
     "special_token_ids",
     "special_name_ids",
+    "added_token_ids",
+    "files",
     "data",
 }
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Splits text at any of the strings; alternatives are tried in order: the longest first, so that no prefix wins."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
+
+
+def _names_by_text(encoder: Encoder, names: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:
+    """Names of the vocabulary's special tokens, by string; what a template asks for comes before what files said."""
+    own = {name: text for name, text in ALWAYS.items() if text in encoder.specials}
+    said = {name: text for name, text in names.items() if name not in asked and text not in asked.values()}
+    named: dict[str, str] = {}
+    for name, text in {**own, **said, **asked}.items():
+        if named.setdefault(text, name) != name:
+            raise InputError(f"special tokens {named[text]} and {name} are both {text}; change one")
+    return named
 
 
 def _numbered(texts: Mapping[str, str], start: int) -> list[Special]:
     return [Special(name, text, id) for id, (name, text) in enumerate(texts.items(), start=start)]
 
 
-def _refuse_too_few_rows(needed: int, rows: int, template: "Template") -> None:
-    if needed > rows:
-        raise InputError(
-            f"tokenizer has {needed:,} tokens with those of template {template.name}, model embeds {rows:,}; "
-            "choose a template that adds fewer (plain adds none), or a model with more rows"
-        )
-
-
-def _saved_specials(state: Mapping[str, Any]) -> list[Special]:
-    texts, ids, names = state["special_tokens"], state["special_token_ids"], state["special_name_ids"]
-    if not (isinstance(texts, list) and isinstance(ids, dict) and isinstance(names, dict)):
-        raise InputError("tokenizer state must hold special tokens as one list and two objects")
-    if any(not isinstance(text, str) for text in texts):
-        raise InputError("special tokens must be strings")
-    if not len(texts) == len(ids) == len(names):
-        raise InputError(f"{len(texts)} special tokens, but {len(ids)} ids by string and {len(names)} ids by name")
-    if any(type(id) is not int for id in [*ids.values(), *names.values()]):
-        raise InputError("ids of special tokens must be integers")
-    without_id = [repr(text) for text in texts if text not in ids]
-    if without_id:
-        raise InputError(f"special tokens without an id: {first(without_id)}")
-    if sorted(ids.values()) != sorted(names.values()):
-        raise InputError("ids by string and ids by name differ")
-    # Two strings with one id both reach the check of unique ids.
-    name_of = {id: name for name, id in names.items()}
-    return [Special(name_of[id], text, id) for text, id in ids.items()]
-
-
-def _check_specials(specials: Sequence[Special], encoder: Encoder, rows: int) -> None:
-    """Raise InputError unless ids and strings are unique, and each id free for it.
-
-    A base vocabulary's own special tokens keep their ids; all others lie in
-    [base_vocab_size, rows).
-    """
-    by_id: dict[int, Special] = {}
-    by_text: dict[str, Special] = {}
-    for special in specials:
-        refuse_invalid_unicode(special.text)
-        if not special.text:
-            raise InputError(f"special token {special.name} is an empty string; give it one")
-        same_id, same_text = by_id.setdefault(special.id, special), by_text.setdefault(special.text, special)
-        if same_id is not special:
-            raise InputError(f"{special.text} has id {special.id}, already {same_id.text!r}")
-        if same_text is not special:
-            raise InputError(f"special tokens {same_text.name} and {special.name} are both {special.text}; change one")
-        _check_place(special, encoder, rows)
-    if END_OF_TEXT not in {special.name for special in specials}:
-        raise InputError(f"no special token is named {END_OF_TEXT}")
-
-
-def _check_place(special: Special, encoder: Encoder, rows: int) -> None:
-    own = encoder.specials.get(special.text)
-    if own == special.id:
+def _refuse_too_few_rows(needed: int, rows: int, template: "Template | None") -> None:
+    if needed <= rows:
         return
-    if own is not None:
-        raise InputError(f"{special.text} has id {special.id}, but {own} in the base vocabulary")
-    if 0 <= special.id < encoder.size:
-        token = encoder.token_bytes()[special.id].decode(errors="replace")
-        raise InputError(f"{special.text} has id {special.id}, already {token!r}")
-    if not encoder.size <= special.id < rows:
-        raise InputError(f"{special.text} has id {special.id}, outside the added ids {encoder.size} to {rows - 1}")
+    if template is None:
+        raise InputError(f"tokenizer has {needed:,} tokens, model embeds {rows:,}; give the tokenizer of this model")
+    raise InputError(
+        f"tokenizer has {needed:,} tokens with those of template {template.name}, model embeds {rows:,}; "
+        "choose a template that adds fewer (plain adds none), or a model with more rows"
+    )

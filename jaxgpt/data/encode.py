@@ -106,7 +106,8 @@ def encode(
     if _is_finished(out, plan):
         return _report(out)
     sample = _sample(corpus, tokenizer)
-    judge(sample, f"first {sample.documents} documents of {survey.documents}", accept=accept)
+    what = f"first {sample.documents} documents of {survey.documents}"
+    judge(sample, what, unknown_cause=tokenizer.unknown_cause, accept=accept)
     _begin(out, plan)
     writers = {split: ShardWriter(out, split, shard_tokens, _dtype(tokenizer)) for split in SPLITS}
     _encode_all(corpus, survey, sample, tokenizer, writers, workers or _cores(), report)

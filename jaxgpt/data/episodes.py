@@ -133,14 +133,17 @@ def check_mask(
     the renderer shows.
 
     Raises:
-        InputError: with `place`, if mask and ids differ in length, or a trained
-            run is not a message of the trained role followed by the end token.
+        InputError: with `place`, if the mask could not be proved, mask and ids differ in
+            length, or a trained run is not a message of the trained role followed by the
+            end token.
     """
+    if rendered.unproved:
+        raise InputError(f"{place}: nothing of it can be trained: {rendered.unproved}")
     if len(rendered.mask) != len(rendered.ids):
         raise InputError(f"{place}: loss mask has {len(rendered.mask)} entries for {len(rendered.ids)} tokens")
     role, end = template.trained_role, tokenizer.special(template.end)
     runs = trained_runs(rendered)
-    contents = [message["content"] for message in messages if message["role"] == role]
+    contents = [template.said(message) for message in messages if message["role"] == role]
     if len(runs) != len(contents):
         raise InputError(f"{place}: {len(runs)} trained runs of tokens for {len(contents)} {role} messages")
     for i, (run, content) in enumerate(zip(runs, contents, strict=True), 1):

@@ -175,6 +175,8 @@ class TokenShards:
         """Statistics of the first shard; refused where they look broken (see `statistics.judge`)."""
         self._check_range(self._maps[0], 0, 0)
         counts = np.bincount(self._maps[0], minlength=self.vocab_size)
-        statistics = measure(counts, self.files[0]["documents"], unknown_ids(self.tokenizer()))
-        judge(statistics, str(self.folder / self.files[0]["file"]), accept=accept)
+        tokenizer = self.tokenizer()
+        statistics = measure(counts, self.files[0]["documents"], unknown_ids(tokenizer))
+        what = str(self.folder / self.files[0]["file"])
+        judge(statistics, what, unknown_cause=tokenizer.unknown_cause, accept=accept)
         return statistics

@@ -58,8 +58,8 @@ def measure(counts: np.ndarray, documents: int, unknown_ids: np.ndarray) -> Stat
     )
 
 
-def judge(statistics: Statistics, what: str, *, accept: bool = False) -> None:
-    """Refuse ids that look broken; `what` names them in the message.
+def judge(statistics: Statistics, what: str, *, unknown_cause: str = "", accept: bool = False) -> None:
+    """Refuse ids that look broken; `what` names them in the message, `unknown_cause` is the tokenizer's.
 
     A vocabulary read in the wrong format gives almost only unknown tokens and an
     entropy near zero, and a model trained on it looks healthy: its loss is low.
@@ -74,7 +74,7 @@ def judge(statistics: Statistics, what: str, *, accept: bool = False) -> None:
         found = (
             f"{statistics.unknown:.2%} of {statistics.tokens:,} tokens are unknown, expected at most {MAX_UNKNOWN:.0%}"
         )
-        cause = "the vocabulary was made for other text or is read in the wrong format"
+        cause = unknown_cause or "the vocabulary was made for other text"
     elif statistics.entropy < MIN_ENTROPY and statistics.tokens > ENOUGH_TOKENS:
         found = (
             f"entropy is {statistics.entropy:.3f} bits over {statistics.tokens:,} tokens "
@@ -90,6 +90,7 @@ def judge(statistics: Statistics, what: str, *, accept: bool = False) -> None:
 def unknown_ids(tokenizer: Tokenizer) -> np.ndarray:
     """The ids that stand for text the vocabulary lacks.
 
-    `char` spells it with its byte tokens, ids 0 to 255; byte-level BPE lacks none.
+    `char` spells it with its byte tokens, ids 0 to 255; byte-level BPE lacks none,
+    unless it has no token for some byte.
     """
-    return np.arange(256 if tokenizer.kind == "char" else 0)
+    return np.asarray(tokenizer.unknown_ids, np.int64)
