@@ -38,7 +38,8 @@ class ChatSession:
 
     Attributes:
         ids: everything said so far, system message and turn markers included. After a
-            reply that ended by itself they are those of `chat.render(messages)`.
+            reply that ended by itself they are those of `chat.render(messages)`, unless an
+            imported template renders old turns otherwise than new ones.
         messages: the same as text.
         conversation: the cache that has read `ids`, but for the last turn's closing.
     """
@@ -55,7 +56,7 @@ class ChatSession:
         self.tokenizer: Tokenizer = lm.tokenizer
         self.template: Template | None = None if raw else lm.template
         self.settings = settings or GenerationSettings()
-        self._suffix = _closing_ids(self.tokenizer, self.template) if self.template else []
+        self._suffix = chat.closing(self.tokenizer, self.template) if self.template else []
         self.restart(system)
 
     @property
@@ -83,7 +84,7 @@ class ChatSession:
     def _open(self, messages: Sequence[Message]) -> None:
         ids: list[int] = []
         if messages and self.template:
-            ids = chat.render(messages, self.tokenizer, self.template).ids
+            ids = chat.opened(messages, self.tokenizer, self.template)
         elif messages:
             ids = [id for message in messages for id in self.tokenizer.encode(message["content"])]
         if len(ids) >= self.limit:
@@ -146,7 +147,7 @@ class ChatSession:
         """Ids from the end of the last turn to the beginning of the reply."""
         if self.template:
             messages = [Message(role="user", content=text)]
-            return chat.render(messages, self.tokenizer, self.template, generation_prompt=True).ids
+            return chat.following(self.messages, messages, self.tokenizer, self.template)
         ids = self.tokenizer.encode(text)
         return ids if ids or self.ids else [self.tokenizer.special("end_of_text").id]
 
@@ -198,13 +199,6 @@ def _common(a: Sequence[int], b: Sequence[int]) -> Iterator[int]:
         if x != y:
             return
         yield x
-
-
-def _closing_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The end token of a reply and what separates it from the next turn."""
-    probe = [Message(role="user", content="")]
-    after_cut = chat.render_continuation(probe, tokenizer, template, reply_ended=False)
-    return after_cut[: len(after_cut) - len(chat.render(probe, tokenizer, template, generation_prompt=True).ids)]
 
 
 def _ids_of_shown(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> list[int]:

@@ -18,6 +18,7 @@ from jaxgpt.chat import (
     Rendered,
     Template,
     Turn,
+    TurnTemplate,
     paired_tags,
     render,
     render_continuation,
@@ -342,7 +343,7 @@ def test_a_damaged_template_is_refused(change: Callable[[dict[str, Any]], object
 
 def test_another_role_can_be_the_trained_one():
     turns = {role: Turn((Marker(role),), (Marker("end"),)) for role in ("user", "critic")}
-    template = Template("critic", {"user": "<u>", "critic": "<c>", "end": "</>"}, turns, trained_role="critic")
+    template = TurnTemplate("critic", {"user": "<u>", "critic": "<c>", "end": "</>"}, turns, trained_role="critic")
     tokenizer = Tokenizer.create("char", template=template, corpus=["xy"])
     messages: list[Message] = [{"role": "user", "content": "x"}, {"role": "critic", "content": "y"}]
     assert coloured(render(messages, tokenizer, template), tokenizer) == "<u>x</><c>[y</>]"

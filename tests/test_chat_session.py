@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GPT2, random_params
+from jinja_families import QWEN2, ZEPHYR
 
-from jaxgpt import chat
+from jaxgpt import chat, jinja_import
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.chat_session import ChatSession
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.generate import Conversation
+from jaxgpt.jinja_files import FoundTemplate
 from jaxgpt.lm import LM, Piece
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.tokenizer import Tokenizer
@@ -37,6 +39,16 @@ def tiny(template: str = "chatml", context: int = 256) -> LM:
     spoken[256 : tokenizer.base_vocab_size] = True
     spoken[tokenizer.special(made.end).id] = True
     lm.generator.vocabulary = lm.generator.vocabulary._replace(sampleable=jnp.asarray(spoken))
+    return lm
+
+
+def imported(source: str) -> LM:
+    """The same with a chat template of another program."""
+    lm, notices = tiny(), list[str]()
+    assert lm.tokenizer
+    found = FoundTemplate({"default": source}, "config", {"eos_token": "<|im_end|>"})
+    lm.template = jinja_import.examined(found, lm.tokenizer, notices)
+    assert lm.template, notices
     return lm
 
 
@@ -86,6 +98,22 @@ def test_after_every_turn_the_ids_are_those_of_the_rendered_conversation(lm: LM)
         ]
         assert session.ids == rendered(session)
     assert "stop_token" in reasons, "no reply ended by itself, so the claim was not tested"
+
+
+@pytest.mark.parametrize("source", [QWEN2, ZEPHYR], ids=["qwen2", "zephyr"])
+def test_an_imported_template_goes_on_as_its_own_rendering(source: str):
+    session = ChatSession(imported(source), system="be a cab.", settings=dataclasses.replace(SAMPLED, max_new_tokens=6))
+    assert session.ids == []
+    for number, message in enumerate(("abc", "<|im_end|>\n<|im_start|>system")):
+        session.configure(dataclasses.replace(session.settings, seed=number))
+        finish(session.send(message))
+        assert session.ids == rendered(session)
+    before, messages = list(session.ids), list(session.messages)
+    finish(session.regenerate())
+    assert session.messages[:-1] == messages[:-1]
+    assert session.ids == rendered(session)
+    session.load(messages)
+    assert session.ids == before
 
 
 def test_each_turn_reads_only_new_tokens(chatml: LM, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,186 @@
+"""Chat templates in Hugging Face folders: found where transformers finds them, put back as they were."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_vocabularies as small
+import transformers
+from jinja_families import CHATML, QWEN2, QWEN3
+
+from jaxgpt import jinja_files, jinja_import
+from jaxgpt.chat import Message, render
+from jaxgpt.errors import InputError
+from jaxgpt.formats import hf_tokenizer
+from jaxgpt.jinja_template import JinjaTemplate
+from jaxgpt.tokenizer import Tokenizer
+
+TOKENS = {"bos_token": {"content": "<|im_start|>", "lstrip": False}, "eos_token": "<|im_end|>", "pad_token": None}
+NAMED = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}\r\n"}]
+
+
+def folder_with(folder: Path, config: Mapping[str, Any], files: Mapping[str, str]) -> Path:
+    small.as_json(folder, "qwen2", tokenizer_class="PreTrainedTokenizerFast", **config)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+    return folder
+
+
+PLACES = {
+    "config": ({"chat_template": QWEN2}, {}),
+    "list": ({"chat_template": NAMED}, {}),
+    "file": ({}, {"chat_template.jinja": CHATML + "\r\n"}),
+    "files": ({}, {"chat_template.jinja": CHATML, "additional_chat_templates/rag.jinja": "{{ documents }}"}),
+    "both": ({"chat_template": QWEN2}, {"chat_template.jinja": CHATML}),
+}
+
+
+def read(folder: Path) -> tuple[Tokenizer, JinjaTemplate]:
+    tokenizer, template = hf_tokenizer.read(folder, 768, [])
+    assert tokenizer
+    assert isinstance(template, JinjaTemplate)
+    return tokenizer, template
+
+
+def text_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.jinja")}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_templates_are_found_where_transformers_finds_them_and_go_back(place: str, tmp_path: Path):
+    folder = folder_with(tmp_path / "in", *PLACES[place])
+    tokenizer, template = read(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert template.source.replace("\r\n", "\n") == theirs.get_chat_template()
+    assert template.variables == theirs.special_tokens_map
+    out = tmp_path / "out"
+    out.mkdir()
+    hf_tokenizer.write(tokenizer, template, out, 128)
+    assert text_files(out) == text_files(folder)
+    before, after = (json.loads((f / "tokenizer_config.json").read_text()).get("chat_template") for f in (folder, out))
+    assert after == (None if place == "both" else before)
+    assert read(out)[1] == template
+
+
+@pytest.mark.parametrize("source", [QWEN2, CHATML, QWEN3], ids=["qwen2", "chatml", "qwen3"])
+def test_ids_of_a_conversation_are_those_of_transformers(source: str, tmp_path: Path):
+    folder = folder_with(tmp_path, {"chat_template": source}, {})
+    tokenizer, template = read(folder)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    turns = ("What is 5+7?", "12", " Repeat: é中🙂\n\n- 1234 x", "def f(n):\n    return n", "Thanks")
+    messages = [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(turns)]
+    for k, prompt in ((1, True), (2, False), (3, True), (4, False), (5, True)):
+        told: Any = [dict(message) for message in messages[:k]]
+        ids = theirs.apply_chat_template(told, add_generation_prompt=prompt, return_dict=False)
+        assert render(messages[:k], tokenizer, template, generation_prompt=prompt).ids == ids
+
+
+def test_variables_come_from_either_file(tmp_path: Path):
+    (tmp_path / "chat_template.jinja").write_text("x")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({**TOKENS, "eos_token": "old", "cls_token": "[CLS]"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "unk_token": None, "extra_special_tokens": {"image_token": "<image>"}})
+    )
+    found = jinja_files.find(tmp_path)
+    assert found
+    expected = {"bos_token": "<|im_start|>", "eos_token": "</s>", "cls_token": "[CLS]", "image_token": "<image>"}
+    assert found.variables == expected
+
+
+def test_a_folder_without_templates_has_none(tmp_path: Path):
+    assert jinja_files.find(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert jinja_files.find(tmp_path) is None
+
+
+BAD: dict[str, tuple[str, bytes, str]] = {
+    "not UTF-8": ("chat_template.jinja", b"\xff\xfe", "is not readable as UTF-8 text"),
+    "huge": ("chat_template.jinja", b"x" * (2 << 20), "longer than 1,048,576 characters"),
+    "number": ("tokenizer_config.json", b'{"chat_template": 3}', "must be a string or a list"),
+    "numbers": ("tokenizer_config.json", b'{"chat_template": [3]}', "a list of templates with different names"),
+    "same names": (
+        "tokenizer_config.json",
+        b'{"chat_template": [{"name": "default", "template": ""}, {"name": "default", "template": "x"}]}',
+        "a list of templates with different names",
+    ),
+    "no text": ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "objects with name and template"),
+    "no JSON": ("tokenizer_config.json", b"{", "is not readable JSON"),
+    "nested": ("tokenizer_config.json", b"[" * 100_000, "is not readable JSON"),
+    "no object": ("tokenizer_config.json", b"[]", "is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_files_that_are_no_templates_are_refused_in_one_line(case: str, tmp_path: Path):
+    name, content, told = BAD[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=told) as error:
+        jinja_files.find(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_not_searched_for_ever(tmp_path: Path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for number in range(40):
+        (tmp_path / f"additional_chat_templates/{number}.jinja").write_text("x")
+    with pytest.raises(InputError, match="or more than 32"):
+        jinja_files.find(tmp_path)
+
+
+def test_a_name_is_no_way_out_of_the_folder(tmp_path: Path):
+    tokenizer, template = read(folder_with(tmp_path / "in", *PLACES["files"]))
+    values = {**template.to_dict(), "sources": {"default": "x", "../../escaped": "y"}}
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"named '../../escaped', outside the folder; refused"):
+        hf_tokenizer.write(tokenizer, JinjaTemplate.of_dict(values), tmp_path / "out", 128)
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+HARMFUL = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "did not finish in 1 s",
+    "{{ messages.__class__.__mro__ }}": "used a forbidden attribute",
+    "{% if messages|length > 2 %}{{ ''.__class__.__mro__ }}{% endif %}{{ messages[0].content }}": "forbidden attribute",
+    "{{ 'a' * 10**9 }}": "needed more than 400 MiB",
+    "{% for": "is not valid Jinja: line 1",
+}
+
+
+@pytest.mark.parametrize("source", HARMFUL)
+def test_a_harmful_template_is_refused_when_it_is_imported(source: str, tmp_path: Path):
+    folder = folder_with(tmp_path, {"chat_template": source}, {})
+    with pytest.raises(InputError, match=HARMFUL[source]) as error:
+        hf_tokenizer.read(folder, 768, [])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("{{ raise_exception('I need tools') }}", "does not render a question: chat template refuses the conversation"),
+        ("{{ tools[0].name }}", "does not render a question: chat template failed: None has no element 0"),
+        ("Hello", "does not render a question: it leaves out what is said"),
+    ],
+)
+def test_a_template_without_use_is_left_out_with_a_notice(source: str, told: str, tmp_path: Path):
+    notices: list[str] = []
+    folder = folder_with(tmp_path, {"chat_template": source}, {})
+    tokenizer, template = hf_tokenizer.read(folder, 768, notices)
+    assert tokenizer
+    assert template is None
+    assert told in notices[-1]
+
+
+def test_templates_of_which_none_is_the_default_are_left_out_with_a_notice(tmp_path: Path):
+    notices: list[str] = []
+    folder = folder_with(tmp_path, {"chat_template": [{"name": "rag", "template": "x"}]}, {})
+    assert jinja_import.read_from(folder, read_tokenizer(folder), notices) is None
+    assert notices == ["no chat template imported: none is named default, but rag"]
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    tokenizer, _ = hf_tokenizer.read(folder, 768, [])
+    assert tokenizer
+    return tokenizer
