@@ -31,7 +31,7 @@ def seal(folder: Path) -> None:
             continue
         listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         sync(path)
-    write_synced(folder / MANIFEST, _text(listed))
+    write_synced(folder / MANIFEST, spelled(listed))
     for path, _, _ in os.walk(folder, topdown=False):
         sync(Path(path))
 
@@ -72,7 +72,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
         text = path.read_text("utf-8")
         content = json.loads(text)
         version, listed = content["version"], content["files"]
-        damaged = version == VERSION and text != _text(listed)
+        damaged = version == VERSION and text != spelled(listed)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{MANIFEST} is damaged: it is not what jaxgpt wrote") from None
     if version != VERSION:
@@ -122,7 +122,7 @@ def _leads_outside(name: str) -> bool:
     return "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/"))
 
 
-def _text(listed: dict[str, dict[str, Any]]) -> str:
+def spelled(listed: dict[str, dict[str, Any]]) -> str:
     """The only spelling of a manifest, so that a changed blank is damage as well."""
     digest = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
     content = {"version": VERSION, "files": listed, "files_sha256": digest}

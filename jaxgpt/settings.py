@@ -276,12 +276,12 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """`jaxgpt inspect`: what a checkpoint or Hugging Face folder holds."""
+    """`jaxgpt inspect`: what a checkpoint, Hugging Face folder or GGUF file holds."""
 
     directory: str = field(**_POSITIONAL)
-    """checkpoint folder, or a Hugging Face folder"""
+    """checkpoint folder, Hugging Face folder, or GGUF file"""
     tensors: bool = False
-    """every tensor's shape, dtype, statistics and first elements"""
+    """every tensor's shape, dtype, statistics and first elements; of a GGUF file shape and dtype"""
 
 
 @dataclass(frozen=True)
@@ -310,14 +310,18 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """`jaxgpt import`: a Hugging Face folder as a checkpoint."""
+    """`jaxgpt import`: a model of another program as a checkpoint."""
 
     source: str = field(**_POSITIONAL)
-    """Hugging Face folder: config.json and safetensors"""
+    """Hugging Face folder (config.json and safetensors), or a .pt file of a training script such as nanoGPT's"""
     directory: str = field(**_POSITIONAL)
     """checkpoint folder to write"""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     """dtype of the weights; keep is the file's"""
+    set: tuple[str, ...] = ()
+    """KEY=VALUE that replaces a setting of the source, such as n_head=12; may be repeated"""
+    verify: bool = False
+    """read every value back and compare it with the source, bit for bit"""
 
 
 @dataclass(frozen=True)
@@ -327,9 +331,15 @@ class ExportSettings:
     directory: str = field(**_POSITIONAL)
     """checkpoint folder"""
     out: str = field(**_POSITIONAL)
-    """folder to write"""
-    format: Literal["hf"] = "hf"
-    """hf is a Hugging Face folder: config.json and safetensors"""
+    """folder to write; a file for gguf"""
+    format: Literal["hf", "gguf"] = "hf"
+    """hf is a Hugging Face folder: config.json and safetensors; gguf is llama.cpp's one file"""
+    dtype: Literal["keep", "float32", "float16", "bfloat16", "q8_0"] = "keep"
+    """dtype of the weights; keep is the checkpoint's, q8_0 (8 bits and a scale for 32 values) is for gguf only"""
+
+    def __post_init__(self) -> None:
+        if self.dtype == "q8_0" and self.format != "gguf":
+            raise InputError("--dtype q8_0 needs --format gguf")
 
 
 @dataclass(frozen=True)
@@ -340,8 +350,11 @@ class DataEncodeSettings:
     """folders, text or .jsonl files; stdlib is the Python standard library's source"""
     out: str = ""
     """folder to write"""
-    tokenizer: Literal["char", "gpt2"] = "gpt2"
-    """kind of tokenizer; char learns its characters from the sources"""
+    tokenizer: str = "gpt2"
+    """gpt2, char (learns its characters from the sources), or the path of a tokenizer.json or of a folder with one or
+    with vocab.json and merges.txt"""
+    tokenizer_kind: Literal["auto", "hf", "bpe", "hex"] = "auto"
+    """read that path as this kind of vocabulary, whatever it looks like; auto tells it by content"""
     template: Literal["chatml", "tags", "plain"] = "chatml"
     """chat template whose special tokens get ids, so that SFT can follow"""
     model: str = ""
@@ -364,11 +377,65 @@ class DataInspectSettings:
     """chat JSONL"""
     model: str = ""
     """checkpoint whose tokenizer and template to use"""
-    tokenizer: Literal["char", "gpt2"] = "gpt2"
-    """kind of tokenizer where no checkpoint is given; char learns its characters from the file"""
+    tokenizer: str = "gpt2"
+    """where no checkpoint is given: gpt2, char (learns its characters from the file), or a path, as of data encode"""
+    tokenizer_kind: Literal["auto", "hf", "bpe", "hex"] = "auto"
+    """read that path as this kind of vocabulary, whatever it looks like; auto tells it by content"""
     template: Literal["", "chatml", "tags", "plain"] = ""
     """chat template; the checkpoint's own, or chatml, unless given"""
     sequence_length: int = 1024
     """T: longer episodes are dropped in SFT"""
     episodes: int = 3
     """episodes to show"""
+
+
+@dataclass(frozen=True)
+class HubDownloadSettings:
+    """`jaxgpt hub download`: models of the Hugging Face hub as folders."""
+
+    names: tuple[str, ...] = field(**_POSITIONAL)
+    """models, such as openai-community/gpt2; with --all users or organisations"""
+    out: str = ""
+    """folder to write: of one model its own, of several the folder of their folders; by default the model's name"""
+    revision: str = ""
+    """branch, tag or commit; the main branch unless given"""
+    all: bool = False
+    """every model of the users or organisations named"""
+    list: bool = False
+    """only say which files would be fetched"""
+    include: tuple[str, ...] = ()
+    """files to fetch beside safetensors, config and tokenizer, such as pytorch_model.bin or *.gguf; repeatable"""
+    steps: Literal["newest", "all"] = "newest"
+    """of a checkpoint of jaxgpt, the newest step or every one"""
+
+
+@dataclass(frozen=True)
+class HubUploadSettings:
+    """`jaxgpt hub upload`: a folder as a model of the Hugging Face hub."""
+
+    directory: str = field(**_POSITIONAL)
+    """run folder, a step of it, or a Hugging Face folder; with --all a folder of such folders"""
+    name: str = field(**_POSITIONAL)
+    """OWNER/MODEL on the hub; with --all the owner"""
+    steps: Literal["newest", "best", "all"] = "newest"
+    """of a run folder, the newest step, the best by validation, or every one"""
+    train: bool = False
+    """send the state to resume training from, too; about twice the size of the weights"""
+    public: bool = False
+    """make a new model visible to everybody; private unless given"""
+    revision: str = ""
+    """branch to write to, made where there is none; the main branch unless given"""
+    message: str = ""
+    """of the commit"""
+    all: bool = False
+    """every model folder in DIRECTORY, as NAME/folder"""
+    list: bool = False
+    """only say which files would be sent"""
+
+
+@dataclass(frozen=True)
+class HubListSettings:
+    """`jaxgpt hub list`: what a user or organisation has on the Hugging Face hub."""
+
+    groups: tuple[str, ...] = field(**_POSITIONAL)
+    """users or organisations, such as openai-community"""

@@ -11,11 +11,12 @@ from jaxgpt import checkpoint, device, field_checks, flops, model
 from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
-from jaxgpt.config import PRESETS, ModelConfig
+from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, EpisodeBatches, PretrainBatches, validation
 from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
+from jaxgpt.presets import PRESETS
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
 from jaxgpt.step_folder import steps
@@ -99,7 +100,7 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         config=source.config,
         params=source.params,
         tokenizer=source.tokenizer,
-        template=template,
+        template=template.as_trained(),
         batches=EpisodeBatches(
             training, train.batch_size, train.sequence_length, train.seed, train.epochs, packed=settings.pack
         ),

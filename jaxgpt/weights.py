@@ -7,7 +7,7 @@ by side, and because an inverse pair hides symmetric mistakes, tests anchor the
 table to stock transformers models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"layers.{i}.attn.q", D, q, c.qkv_bias)
         linear(f"layers.{i}.attn.k", D, kv, c.qkv_bias)
         linear(f"layers.{i}.attn.v", D, kv, c.qkv_bias)
+        if c.qk_norm:
+            shapes[f"layers.{i}.attn.q_norm.weight"] = shapes[f"layers.{i}.attn.k_norm.weight"] = (c.head_dim,)
         linear(f"layers.{i}.attn.out", q, D, c.attention_output_bias)
         norm(f"layers.{i}.mlp_norm")
         if c.gated_mlp:
@@ -119,6 +121,8 @@ _LLAMA: _Table = {
     "attn.q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q", None),
     "attn.k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k", None),
     "attn.v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v", None),
+    "attn.q_norm": ("model.layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm", None),
+    "attn.k_norm": ("model.layers.{i}.self_attn.k_norm", "blk.{i}.attn_k_norm", None),
     "attn.out": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output", None),
     "mlp_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm", None),
     "mlp.gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate", None),
@@ -187,10 +191,103 @@ def to_hf(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarra
     Raises:
         InputError: the config has no Hugging Face type.
     """
+    return dict(hf_tensors(config, params))
+
+
+def hf_tensors(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """As `to_hf`, one tensor at a time, so that a large model need not be there twice."""
     hf_model_type(config)
-    parts: dict[str, list[np.ndarray]] = {}
-    for p in parameters(config):
-        array = np.asarray(params[p.name])
-        parts.setdefault(p.hf, []).append(array.T if p.transposed else array)
-    # The table lists a tensor's parts in order, so concatenation is the inverse of the split.
-    return {name: np.ascontiguousarray(np.concatenate(arrays, axis=-1)) for name, arrays in parts.items()}
+    parts: dict[str, list[Parameter]] = {}
+    for parameter in parameters(config):
+        parts.setdefault(parameter.hf, []).append(parameter)
+    for name, rows in parts.items():
+        arrays = [np.asarray(params[row.name]) for row in rows]
+        # The table lists a tensor's parts in order, so concatenation is the inverse of the split.
+        whole = np.concatenate([array.T if rows[0].transposed else array for array in arrays], axis=-1)
+        yield name, np.ascontiguousarray(whole)
+
+
+# -- GGUF ------------------------------------------------------------------------------
+
+
+def gguf_architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of the architecture that computes this config: gpt2, qwen2, qwen3 or llama.
+
+    `llama` is its most general one: any bias may be there or not. `qwen2` and `qwen3`
+    read no factors of llama3 scaling.
+
+    Raises:
+        InputError: llama.cpp has none, naming the fields that fit none.
+    """
+    c = config
+    if c.position_embedding == "learned" and c.norm == "layernorm" and not c.gated_mlp and not c.qk_norm:
+        square = c.num_key_value_heads == c.num_attention_heads and c.head_dim * c.num_attention_heads == c.hidden_size
+        if square and c.hidden_act in ("gelu_new", "gelu") and c.sliding_window is None:
+            return "gpt2"
+    if c.position_embedding == "rope" and c.norm == "rmsnorm" and c.gated_mlp and c.hidden_act == "silu":
+        plain_rope = c.rope_scaling is None or c.rope_scaling.rope_type != "llama3"
+        unbiased = not (c.attention_output_bias or c.mlp_bias)
+        if not c.qk_norm:
+            return "qwen2" if c.qkv_bias and unbiased and plain_rope else "llama"
+        if unbiased and not c.qkv_bias and plain_rope:
+            return "qwen3"
+    fields = (
+        *("position_embedding", "norm", "gated_mlp", "hidden_act", "qk_norm", "sliding_window"),
+        *("qkv_bias", "attention_output_bias", "mlp_bias", "hidden_size", "num_attention_heads", "head_dim"),
+    )
+    raise InputError(
+        "llama.cpp has no architecture (gpt2, llama, qwen2, qwen3) that computes this model: "
+        + ", ".join(f"{name}={getattr(c, name)}" for name in fields)
+        + f", rope_scaling={c.rope_scaling and c.rope_scaling.rope_type}"
+    )
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor of a GGUF file: whole parameters, one after the other along the first axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    """In numpy's order, (out, in); the file's own order is the reverse."""
+    parts: tuple[Parameter, ...]
+    """None where the model lacks what llama.cpp needs: zeros."""
+    paired_heads: int = 0
+    """Heads in which rows i and i + H/2, which RoPE rotates together, become neighbours; 0 leaves rows alone."""
+
+    def of(self, params: Mapping[str, Any]) -> np.ndarray:
+        """The tensor, a view of the one parameter where possible."""
+        if not self.parts:
+            return np.zeros(self.shape, np.float32)
+        arrays = [np.asarray(params[p.name]) for p in self.parts]
+        arrays = [array.T if p.name.endswith(".kernel") else array for p, array in zip(self.parts, arrays, strict=True)]
+        tensor = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if not self.paired_heads:
+            return tensor
+        halves = tensor.reshape(self.paired_heads, 2, -1, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def gguf_tensors(config: ModelConfig) -> tuple[GGUFTensor, ...]:
+    """Every tensor of parameters in a GGUF file, in execution order; raises as `gguf_architecture` does."""
+    architecture = gguf_architecture(config)
+    shapes = _shapes(config)
+    parts: dict[str, list[Parameter]] = {}
+    for name, shape in shapes.items():
+        row = _row(_GPT2 if architecture == "gpt2" else _LLAMA, name, shape)
+        parts.setdefault(row.gguf, []).append(row)
+        bias = f"{name.removesuffix('kernel')}bias"
+        if architecture == "gpt2" and name.endswith(".kernel") and bias not in shapes:
+            parts.setdefault(row.gguf.removesuffix("weight") + "bias", [])
+    return tuple(_gguf_tensor(config, architecture, name, rows) for name, rows in parts.items())
+
+
+def _gguf_tensor(config: ModelConfig, architecture: str, name: str, rows: list[Parameter]) -> GGUFTensor:
+    if not rows:
+        module = name.split(".")[-2]
+        widths = {"attn_qkv": 3 * config.hidden_size, "ffn_up": config.intermediate_size}
+        return GGUFTensor(name, (widths.get(module, config.hidden_size),), ())
+    shape = rows[0].shape[::-1] if rows[0].name.endswith(".kernel") else rows[0].shape
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    # llama.cpp rotates neighbours for `llama`, and halves of a head, as we do, for all others.
+    paired = heads.get(name.split(".")[-2], 0) if architecture == "llama" else 0
+    return GGUFTensor(name, (shape[0] * len(rows), *shape[1:]), tuple(rows), paired)

@@ -19,7 +19,8 @@ from jaxgpt import checkpoint, config, weights
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
-from jaxgpt.formats import hf, safetensors_file
+from jaxgpt.formats import hf, importing, safetensors_file
+from jaxgpt.formats.mislabelled import mislabelled
 from jaxgpt.tokenizer import Tokenizer
 
 NAMES = ["gpt2", "gpt2-erf-untied", "llama", "llama-biased-tied", "llama3-scaling", "qwen2", "qwen2-tied"]
@@ -133,7 +134,7 @@ def test_shards_hold_the_same_model_as_one_file(tmp_path: Path):
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_import_and_export_keep_every_bit_through_a_checkpoint(tmp_path: Path, name: str):
     stock(tmp_path / "stock", name, "bfloat16")
-    hf.import_hf(tmp_path / "stock", tmp_path / "ours")
+    importing.import_model(tmp_path / "stock", tmp_path / "ours")
     hf.export_hf(tmp_path / "ours", tmp_path / "out")
     assert equal_tensors(tensors_of(tmp_path / "stock"), tensors_of(tmp_path / "out"))
     loaded = checkpoint.load(tmp_path / "ours")
@@ -144,7 +145,7 @@ def test_import_and_export_keep_every_bit_through_a_checkpoint(tmp_path: Path, n
 
 def test_an_export_may_be_cast(tmp_path: Path):
     stock(tmp_path / "stock", "llama", "float32")
-    hf.import_hf(tmp_path / "stock", tmp_path / "ours")
+    importing.import_model(tmp_path / "stock", tmp_path / "ours")
     hf.export_hf(tmp_path / "ours", tmp_path / "out", cast="bfloat16")
     expected = {name: tensor.to(torch.bfloat16) for name, tensor in tensors_of(tmp_path / "stock").items()}
     assert equal_tensors(expected, tensors_of(tmp_path / "out"))
@@ -233,30 +234,6 @@ def test_a_gpt2_tokenizer_comes_back_with_its_special_tokens(tmp_path: Path, tem
     assert found.template == source.template
 
 
-def test_unknown_tokenizers_are_left_out_and_said(tmp_path: Path):
-    hf.write(gpt2_checkpoint("plain"), tmp_path / "out")
-    edit_json(tmp_path / "out/tokenizer.json", lambda c: c["added_tokens"].append({"id": 50300, "content": "<x>"}))
-    found = hf.read(tmp_path / "out")
-    assert found.tokenizer is None
-    assert "no tokenizer imported: it adds tokens to GPT-2's (<x>, <|pad|>); prompts must be token ids" in found.notices
-    (tmp_path / "out/merges.txt").write_text("#version: 0.2\n")
-    assert (
-        "no tokenizer imported: its vocabulary is not GPT-2's; prompts must be token ids"
-        in hf.read(tmp_path / "out").notices
-    )
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / "out" / name).unlink()
-    assert any("the folder has no GPT-2 vocabulary" in notice for notice in hf.read(tmp_path / "out").notices)
-
-
-def test_a_char_tokenizer_is_left_out_of_an_export_and_said(tmp_path: Path):
-    model = dataclasses.replace(CONFIGS["gpt2"], vocab_size=320)
-    tokenizer = Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["abc"])
-    params = {name: np.asarray(array) for name, array in random_params(model).items()}
-    notices = hf.write(a_checkpoint("gpt2", config=model, params=params, tokenizer=tokenizer), tmp_path / "out")
-    assert notices == ["no tokenizer written: kind char has no Hugging Face form in this version"]
-
-
 # -- Refused -----------------------------------------------------------------------------
 
 
@@ -290,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "model type": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="mamba")),
-        "model_type 'mamba'; jaxgpt reads gpt2, llama, qwen2",
+        "model_type 'mamba'; jaxgpt reads gpt2, llama, mistral, qwen2, qwen3",
     ),
     "a billion layers": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(n_layer=10**9)),
@@ -328,6 +305,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a name no file has": (
         lambda f: index(f, {FIRST: "a\0b"}),
         "index names a\0b, outside the model directory; refused",
+    ),
+    "index with a name that no file can have": (
+        lambda folder: index(folder, {"transformer.wte.weight": "x" * 10_000}),
+        " cannot be read: File name too long",
     ),
     "a pipe": (
         lambda f: ((f / hf.WEIGHTS).unlink(), os.mkfifo(f / hf.WEIGHTS)),
@@ -391,7 +372,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, case: str):
     break_it, message = REFUSED[case]
     break_it(folder)
     with pytest.raises(InputError) as caught:
-        hf.import_hf(folder, tmp_path / "ours")
+        importing.import_model(folder, tmp_path / "ours")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ours").exists()
@@ -405,7 +386,7 @@ def test_a_tensor_named_twice_is_refused(tmp_path: Path):
         hf.read(folder)
 
 
-@pytest.mark.parametrize("command", [hf.import_hf, hf.export_hf])
+@pytest.mark.parametrize("command", [importing.import_model, hf.export_hf])
 def test_an_existing_folder_is_never_written_into(tmp_path: Path, command: Callable[[Path, Path], Any]):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
@@ -429,3 +410,50 @@ def test_an_architecture_without_a_hugging_face_type_is_not_exported(tmp_path: P
     with pytest.raises(InputError, match="no Hugging Face model type"):
         hf.write(a_checkpoint("gpt2", config=strange, params=random_params(strange)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- Dtypes that lie -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kept", "marked"), [("bfloat16", "F16"), ("float16", "BF16")])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weights_marked_as_another_dtype_of_16_bits_are_recognised(name: str, kept: str, marked: str, tmp_path: Path):
+    folder = a_folder(tmp_path / "out", name, kept)
+    assert not any("look like" in notice for notice in hf.read(folder).notices)
+    header_of(
+        folder,
+        lambda header: {
+            name: entry | {"dtype": marked} if "dtype" in entry else entry for name, entry in header.items()
+        },
+    )
+    (notice,) = (notice for notice in hf.read(folder).notices if "look like" in notice)
+    wrong = {"F16": "float16", "BF16": "bfloat16"}[marked]
+    assert f"are marked {wrong}, but their bits look like {kept}: typical magnitude" in notice
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("spread", [1e-3, 0.02, 1.0, 8.0])
+@pytest.mark.parametrize("drawn", ["normal", "uniform", "laplace", "student", "half zeros"])
+def test_weights_of_every_usual_spread_are_not_called_mislabelled(drawn: str, spread: float, dtype: str):
+    rng = np.random.default_rng(0)
+    shape = (90, 70)
+    values = {
+        "normal": rng.standard_normal(shape),
+        "uniform": rng.uniform(-1, 1, shape),
+        "laplace": rng.laplace(size=shape),
+        "student": rng.standard_t(3, shape),
+        "half zeros": rng.standard_normal(shape) * (rng.random(shape) < 0.5),
+    }[drawn]
+    array = (values * spread).astype(jnp.dtype(dtype))
+    assert mislabelled({"a": array, "b": array.T}) == ""
+    other = {"bfloat16": np.float16, "float16": jnp.bfloat16}[dtype]
+    assert "look like" in mislabelled({"a": array.view(other), "b": array.T.view(other)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -np.nan])
+def test_one_value_that_is_not_finite_is_seen_in_every_dtype(bad: float, dtype: str, tmp_path: Path):
+    params = {name: np.array(array) for name, array in a_checkpoint("llama", dtype).params.items()}
+    params["layers.1.mlp.up.kernel"][3, 4] = bad
+    hf.write(a_checkpoint("llama", dtype, params=params), tmp_path / "out")
+    assert "1 parameters hold NaN or infinity (first: layers.1.mlp.up.kernel)" in hf.read(tmp_path / "out").notices

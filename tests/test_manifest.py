@@ -33,7 +33,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, dict[str, object]]], None]
     """A manifest that agrees with itself, as a hostile author would write it."""
     listed = json.loads((folder / manifest.MANIFEST).read_text())["files"]
     change(listed)
-    (folder / manifest.MANIFEST).write_text(manifest._text(listed))
+    (folder / manifest.MANIFEST).write_text(manifest.spelled(listed))
 
 
 def test_a_sealed_folder_verifies_and_gives_sizes(folder: Path):

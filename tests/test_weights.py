@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import flops, model, weights
-from jaxgpt.config import PRESETS, ModelConfig
+from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
+from jaxgpt.presets import PRESETS
 
 forward = jax.jit(model.forward, static_argnums=0)
 Tensors = dict[str, np.ndarray]

@@ -46,14 +46,25 @@ def loss_mask_test(lm: LM) -> CheckLine:
     if tokenizer is None or template is None:
         return CheckLine(name, "SKIP", f"the checkpoint has no {'chat template' if tokenizer else 'tokenizer'}")
     conversations = [
-        messages for messages in CONVERSATIONS if {message["role"] for message in messages} <= template.turns.keys()
+        messages for messages in CONVERSATIONS if {message["role"] for message in messages} <= set(template.roles)
     ]
     if not conversations:
         return CheckLine(name, "SKIP", f"template {template.name} has no turns for user and assistant")
+    unproved = next(filter(None, (_unproved(messages, tokenizer, template) for messages in conversations)), "")
+    if unproved:
+        return CheckLine(name, "SKIP", f"sft refuses test conversations: {unproved}")
     problems = _mask_problems(conversations, tokenizer, template)
     end = tokenizer.special(template.end)
     detail = f"{template.trained_role} replies train from their first token to {end.text} ({end.id}), packed or not"
     return judged(name, problems, detail)
+
+
+def _unproved(messages: Sequence[Message], tokenizer: Tokenizer, template: Template) -> str:
+    """Why an imported template cannot train that conversation."""
+    try:
+        return chat.render(messages, tokenizer, template).unproved
+    except InputError as error:
+        return str(error)
 
 
 def _mask_problems(conversations: Sequence[list[Message]], tokenizer: Tokenizer, template: Template) -> Iterator[str]:
@@ -153,12 +164,23 @@ Lesson = tuple[list[Rendered], list[Any], list[list[int]]]
 
 def _lesson(lm: LM) -> Lesson:
     """MICRO conversations where the model can hold them, else random ids to continue."""
-    if lm.tokenizer and lm.template and {"user", "assistant"} <= lm.template.turns.keys():
+    if lm.tokenizer and lm.template and {"user", "assistant"} <= set(lm.template.roles):
         episodes = [chat.render(messages, lm.tokenizer, lm.template) for messages in MEMORIZED]
-        if max(len(episode.ids) for episode in episodes) <= lm.config.max_position_embeddings:
+        fits = max(len(episode.ids) for episode in episodes) <= lm.config.max_position_embeddings
+        if fits and not any(episode.unproved for episode in episodes):
             answers = [_replies(messages, lm.tokenizer, lm.template)[-1] for messages in MEMORIZED]
-            return episodes, [messages[:-1] for messages in MEMORIZED], answers
+            return episodes, [_asked(messages, lm) for messages in MEMORIZED], answers
     return _random_lesson(lm)
+
+
+def _asked(messages: list[Message], lm: LM) -> Any:
+    """The prompt of the last reply, as ids where SFT would also change what the template prompts with."""
+    assert lm.tokenizer
+    assert lm.template
+    trained = lm.template.as_trained()
+    if trained == lm.template:
+        return messages[:-1]
+    return chat.render(messages[:-1], lm.tokenizer, trained, generation_prompt=True).ids
 
 
 def _random_lesson(lm: LM) -> Lesson:

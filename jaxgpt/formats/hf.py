@@ -12,33 +12,36 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxgpt import checkpoint, config, manifest, weights
-from jaxgpt.chat import TEMPLATES, Template
-from jaxgpt.checkpoint import Checkpoint, Contents
+from jaxgpt.chat import Template
+from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError, first
-from jaxgpt.formats import safetensors_file
+from jaxgpt.formats import hf_tokenizer, safetensors_file
+from jaxgpt.formats.mislabelled import mislabelled
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.vocabulary import GPT2_FILES, gpt2_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Constants that old files carry beside the parameters."""
-_TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
-"""Hugging Face's names of GPT-2's vocabulary files, and OpenAI's."""
 
 
 @dataclass(frozen=True)
 class HFModel:
     """A Hugging Face folder in jaxgpt's terms."""
 
+    model_type: str
+    """As config.json says; the config alone does not tell a Mistral without a window from a Llama."""
     config: ModelConfig
     params: dict[str, np.ndarray]
     """Views of the mapped files, in the dtypes of their headers."""
+    tensors: dict[str, np.ndarray]
+    """The same by Hugging Face name, in Hugging Face's layout."""
     dtype: str
     """That of most parameters."""
     eos_token_ids: list[int]
@@ -52,8 +55,12 @@ class HFModel:
 # -- Reading ---------------------------------------------------------------------------
 
 
-def read(folder: str | Path) -> HFModel:
+def read(folder: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> HFModel:
     """Read a folder of `gpt2`, `llama` or `qwen2`, single or sharded, float32, bfloat16 or float16.
+
+    Args:
+        folder: with config.json and safetensors.
+        overrides: keys of config.json whose values are replaced.
 
     Raises:
         InputError: a file that is missing, damaged or lies; an architecture jaxgpt does
@@ -61,11 +68,32 @@ def read(folder: str | Path) -> HFModel:
     """
     folder = Path(folder)
     notices: list[str] = []
-    hf = _read_json(folder / "config.json")
-    model_config = config.from_hf(hf)
+    hf = {**_read_json(folder / "config.json"), **overrides}
     source, tensors = _read_tensors(folder, notices)
-    if hf["model_type"] == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
+    if hf.get("model_type") == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
         tensors = {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in tensors.items()}
+    model_config, params = translated(hf, tensors, source, notices)
+    eos = _eos_token_ids(folder, hf, model_config.vocab_size, notices)
+    tokenizer, template = hf_tokenizer.read(folder, model_config.vocab_size, notices, tuple(eos))
+    dtype, model_type = most_common_dtype(params), hf["model_type"]
+    return HFModel(model_type, model_config, params, tensors, dtype, eos, tokenizer, template, notices)
+
+
+def translated(
+    hf: Mapping[str, Any], tensors: dict[str, np.ndarray], source: str, notices: list[str]
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A config.json's content and its tensors as ours; a repeated tied head is taken out of `tensors`.
+
+    Args:
+        hf: the content of config.json.
+        tensors: by Hugging Face name.
+        source: the file that messages name.
+        notices: lines the caller should print are added.
+
+    Raises:
+        InputError: an architecture jaxgpt does not have, or tensors that are not exactly the model's.
+    """
+    model_config = config.from_hf(hf)
     _drop_tied_head(model_config, tensors, notices)
     if model_config.num_hidden_layers > len(tensors):
         # Before the names of that many layers are spelled out.
@@ -75,14 +103,18 @@ def read(folder: str | Path) -> HFModel:
         params = weights.from_hf(model_config, tensors)
     except InputError as error:
         raise InputError(str(error).replace("the weights file", source, 1)) from None
-    dtype = Counter(str(array.dtype) for array in params.values()).most_common(1)[0][0]
-    _say_oddities(hf, params, dtype, notices)
-    eos = _eos_token_ids(folder, hf, model_config.vocab_size, notices)
-    tokenizer, template = _tokenizer(folder, model_config, notices)
-    return HFModel(model_config, params, dtype, eos, tokenizer, template, notices)
+    _say_oddities(hf, params, most_common_dtype(params), notices)
+    return model_config, params
+
+
+def most_common_dtype(params: Mapping[str, np.ndarray]) -> str:
+    """The dtype of most arrays, by numpy's name."""
+    return Counter(str(array.dtype) for array in params.values()).most_common(1)[0][0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would wait for whoever writes into it
+        raise InputError(f"{path} is a folder, pipe or device, not a file; give a folder of model files")
     try:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -130,7 +162,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if Path(file).name != file or "\\" in file or "\0" in file or file in (".", "..", ""):
-            raise InputError(f"index names {file}, outside the model directory; refused")
+            raise InputError(f"index names {file:.200}, outside the model directory; refused")
         shards.setdefault(file, set()).add(name)
     return shards
 
@@ -156,9 +188,22 @@ def _say_oddities(hf: Mapping[str, Any], params: Mapping[str, np.ndarray], dtype
     mixed = sorted({str(array.dtype) for array in params.values()} - {dtype})
     if mixed:
         notices.append(f"some parameters are {' and '.join(mixed)}, most are {dtype}; each keeps its own")
-    bad = [name for name, array in params.items() if not np.isfinite(array).all()]
+    wrong = mislabelled(params)
+    if wrong:
+        notices.append(wrong)
+    bad = [name for name, array in params.items() if not _is_finite(array)]
     if bad:
         notices.append(f"{len(bad)} parameters hold NaN or infinity (first: {first(bad)})")
+
+
+_INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """By the bits, ten times as fast as `np.isfinite`: of either sign, infinity and NaN are the largest integers."""
+    signed, unsigned = array.view(f"i{array.itemsize}"), array.view(f"u{array.itemsize}")
+    sign = 1 << (8 * array.itemsize - 1)
+    return max(int(signed.max()), int(unsigned.max()) - sign) < _INFINITY[str(array.dtype)]
 
 
 def _eos_token_ids(folder: Path, hf: Mapping[str, Any], vocab_size: int, notices: list[str]) -> list[int]:
@@ -176,46 +221,6 @@ def _eos_token_ids(folder: Path, hf: Mapping[str, Any], vocab_size: int, notices
     return [id for id in found if 0 <= id < vocab_size]
 
 
-def _tokenizer(folder: Path, model_config: ModelConfig, notices: list[str]) -> tuple[Tokenizer | None, Template | None]:
-    """GPT-2's, where the vocabulary files are GPT-2's own and what was added is one of our templates'."""
-    files = {name: folder / name for name in _TOKENIZER_FILES}
-    if not any(p.is_file() for p in files.values()):
-        missing = "the folder has no GPT-2 vocabulary (vocab.json, merges.txt)"
-        notices.append(f"no tokenizer imported: {missing}; prompts must be token ids")
-        return None, None
-    if not all(p.is_file() and manifest.sha256(p) == GPT2_FILES[_TOKENIZER_FILES[n]] for n, p in files.items()):
-        notices.append("no tokenizer imported: its vocabulary is not GPT-2's; prompts must be token ids")
-        return None, None
-    added = _added_tokens(folder)
-    plain = Tokenizer.create("gpt2", template=TEMPLATES["plain"], model_vocab_size=model_config.vocab_size)
-    if not added.keys() - {"<|endoftext|>"}:
-        return plain, None
-    for template in TEMPLATES.values():
-        if plain.base_vocab_size + len(template.specials) <= model_config.vocab_size:
-            tokenizer = Tokenizer.create("gpt2", template=template, model_vocab_size=model_config.vocab_size)
-            if {special.text: special.id for special in tokenizer.specials} == added:
-                return tokenizer, template
-    unknown = first(sorted(added.keys() - {"<|endoftext|>"}))
-    notices.append(f"no tokenizer imported: it adds tokens to GPT-2's ({unknown}); prompts must be token ids")
-    return None, None
-
-
-def _added_tokens(folder: Path) -> dict[str, int]:
-    """Ids of tokens noted beside the vocabulary, wherever transformers 4 or 5 may have put them."""
-    found: dict[str, int] = {}
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        path = folder / name
-        content = _read_json(path) if path.is_file() else {}
-        try:
-            if name == "added_tokens.json":
-                found |= content
-            found |= {token["content"]: int(id) for id, token in content.get("added_tokens_decoder", {}).items()}
-            found |= {token["content"]: int(token["id"]) for token in content.get("added_tokens", [])}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{path} does not note its added tokens as transformers does") from None
-    return found
-
-
 # -- Writing ---------------------------------------------------------------------------
 
 
@@ -227,7 +232,7 @@ def write(source: Checkpoint, out: str | Path) -> list[str]:
     """
     out = Path(out).absolute()
     config.hf_model_type(source.config)
-    _refuse_existing(out)
+    refuse_existing(out)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
@@ -244,7 +249,8 @@ def write(source: Checkpoint, out: str | Path) -> list[str]:
     return notices
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise InputError unless there is nothing at `out`, or an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder; choose another")
 
@@ -256,76 +262,20 @@ def _write_files(source: Checkpoint, folder: Path) -> list[str]:
     ids = source.eos_token_ids
     # None is said too: transformers would put its own default in place of a missing key.
     eos = {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
-    _write_json(folder / "config.json", {**config.to_hf(source.config, dtype), **eos})
+    known, kinds = source.provenance.get("model_type"), config.hf_model_types(source.config)
+    settings = config.to_hf(source.config, dtype, known if known in kinds else None)
+    _write_json(folder / "config.json", {**settings, **eos})
     _write_json(folder / "generation_config.json", eos)
     if source.tokenizer is None:
         return ["no tokenizer written: the checkpoint has none"]
-    if source.tokenizer.kind != "gpt2":
-        return [f"no tokenizer written: kind {source.tokenizer.kind} has no Hugging Face form in this version"]
-    _write_gpt2_tokenizer(source.tokenizer, folder, source.config.max_position_embeddings)
-    return []
-
-
-def _write_gpt2_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """`tokenizer.json` for today's transformers, GPT-2's own two files for everyone else."""
-    files = gpt2_files()
-    for theirs, openai in _TOKENIZER_FILES.items():
-        shutil.copyfile(files[openai], folder / theirs)
-    vocab = json.loads(files["encoder.json"].read_text("utf-8"))
-    lines = files["vocab.bpe"].read_text("utf-8").splitlines()
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": special.id, "content": special.text, **flags} for special in tokenizer.specials]
-    _write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "added_tokens": added,
-            "pre_tokenizer": byte_level,
-            "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": vocab, "merges": [line for line in lines[1:] if line]},
-        },
-    )
-    end = tokenizer.special("end_of_text").text
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "eos_token": end}
-    decoder = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
-    _write_json(folder / "tokenizer_config.json", {**settings, "bos_token": end, "added_tokens_decoder": decoder})
+    return hf_tokenizer.write(source.tokenizer, source.template, folder, source.config.max_position_embeddings)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
-# -- Commands --------------------------------------------------------------------------
-
-
-def import_hf(
-    source: str | Path, out: str | Path, *, cast: Literal["float32", "bfloat16", "float16"] | None = None
-) -> list[str]:
-    """Make a checkpoint of a Hugging Face folder, in the file's dtype or `cast`; lines the caller should print.
-
-    Raises:
-        InputError: as `read` does; OUT exists and is not empty; or the disk is full.
-    """
-    _refuse_existing(Path(out))
-    found = read(source)
-    params = found.params
-    if cast is not None:
-        import jax.numpy as jnp
-
-        params = {name: array.astype(jnp.dtype(cast)) for name, array in params.items()}
-    contents = Contents(
-        config=found.config,
-        params=params,
-        stage="base",
-        compute_dtype=cast or found.dtype,
-        eos_token_ids=found.eos_token_ids,
-        tokenizer=found.tokenizer,
-        template=found.template,
-        provenance={"source": str(Path(source).absolute()), "format": "hf"},
-    )
-    checkpoint.save(out, 0, contents).result()
-    return found.notices
+# -- Command ---------------------------------------------------------------------------
 
 
 def export_hf(
@@ -336,5 +286,5 @@ def export_hf(
     Raises:
         InputError: as `checkpoint.load` and `write` do.
     """
-    _refuse_existing(Path(out))
+    refuse_existing(Path(out))
     return write(checkpoint.load(directory, cast=cast), out)

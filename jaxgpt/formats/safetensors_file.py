@@ -8,6 +8,7 @@ the mapped file. The format is that of safetensors' own documentation.
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-_LARGEST_HEADER = 100_000_000
-"""The limit of the safetensors package."""
+_LARGEST_HEADER = 16 << 20
+"""Room for a hundred thousand tensors; read as JSON, it takes some twenty times as much memory."""
 Header = dict[str, dict[str, Any]]
 """By tensor name: `dtype`, `shape`, `data_offsets` (from, to) after the header."""
 
@@ -34,17 +35,18 @@ def read_header(path: Path) -> tuple[Header, int]:
     Raises:
         InputError: unreadable, or a declaration that the file's size does not bear out.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is a folder, pipe or device, not a file; give a folder of model files")
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is a folder, pipe or device, not a file; give a folder of model files")
+        size = status.st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise InputError(f"{path.name}: header declares {_short(length)}, file is {_short(size)}; refused")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path!s:.200} cannot be read: {error.strerror}") from None
     except InputError:
         raise
     except (ValueError, RecursionError):
@@ -69,7 +71,10 @@ def _check_offsets(file: str, header: Header, available: int) -> None:
             raise InputError(f"{file}: tensor {name} does not begin where the one before ends; refused")
         end = stop
     if end != available:
-        raise InputError(f"{file}: header declares {_short(end)}, file is {_short(available)}; refused")
+        declared, held = _short(end), _short(available)
+        if declared == held:  # cut short, or made longer, by little
+            declared, held = f"{end:,} bytes", f"{available:,} bytes behind it"
+        raise InputError(f"{file}: header declares {declared}, file is {held}; refused")
 
 
 def _offsets(file: str, name: str, entry: Any) -> tuple[int, int]:

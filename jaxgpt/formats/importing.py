@@ -1,0 +1,163 @@
+"""`jaxgpt import`: another program's model as a checkpoint, and the proof that every value arrived.
+
+Where the model lies is seen from what is there: a Hugging Face folder has a
+config.json, a PyTorch training script leaves a `.pt` file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxgpt import checkpoint, step_folder, weights
+from jaxgpt.chat import TEMPLATES
+from jaxgpt.checkpoint import Contents
+from jaxgpt.errors import InputError, first
+from jaxgpt.formats import hf, pt_model
+from jaxgpt.formats.hf import HFModel
+from jaxgpt.tokenizer import END_OF_TEXT, ROW_MULTIPLE, Tokenizer
+from jaxgpt.vocabulary import Gpt2Encoder
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    cast: Dtype | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    verify: bool = False,
+) -> list[str]:
+    """Make a checkpoint of a model on disk; lines the caller should print.
+
+    Args:
+        source: a Hugging Face folder, a `.pt` file, or a folder with one.
+        out: the checkpoint to write.
+        cast: dtype of the weights; by default those of the file's headers.
+        overrides: settings that replace those of the file, e.g. `{"n_head": 12}`.
+        verify: read every value back and compare its bits with the source's.
+
+    Raises:
+        InputError: as `read`; OUT exists and is not empty; the disk is full; or a value differs.
+    """
+    hf.refuse_existing(Path(out))
+    notices = _save(source, out, cast, overrides or {})
+    return [*notices, _verified(source, out, cast, overrides or {})] if verify else notices
+
+
+def _save(source: str | Path, out: str | Path, cast: Dtype | None, overrides: Mapping[str, Any]) -> list[str]:
+    found = read(source, overrides)
+    contents = Contents(
+        config=found.config,
+        params={name: _cast(array, cast) for name, array in found.params.items()},
+        stage="base",
+        compute_dtype=cast or found.dtype,
+        eos_token_ids=found.eos_token_ids,
+        tokenizer=found.tokenizer,
+        template=found.template,
+        provenance={
+            "source": str(Path(source).absolute()),
+            "model_type": found.model_type,
+            "format": "hf" if Path(source, "config.json").exists() else "pt",
+        },
+    )
+    checkpoint.save(out, 0, contents).result()
+    return found.notices
+
+
+def read(source: str | Path, overrides: Mapping[str, Any]) -> HFModel:
+    """The model at `source`, whatever format it is in; arrays are views of the mapped files.
+
+    Raises:
+        InputError: nothing there that is read, or as the reader of its format raises.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise InputError(f"{source} does not exist; give a Hugging Face folder or a .pt file")
+    if source.is_dir():
+        if step_folder.is_checkpoint(source):
+            raise InputError(f"{source} is a jaxgpt checkpoint already; every command takes it as it is")
+        if (source / "config.json").exists() or not (files := sorted(source.glob("*.pt"))):
+            return hf.read(source, overrides)
+        if len(files) > 1:
+            raise InputError(
+                f"{source} has {len(files)} .pt files ({first([f.name for f in files])}); give one of them"
+            )
+        source = files[0]
+    if source.suffix in (".safetensors", ".gguf"):
+        remedy = "give its folder" if source.suffix == ".safetensors" else "GGUF is written here, not read"
+        raise InputError(f"{source} holds tensors without all that a model needs; {remedy}")
+    return _from_pt(source, overrides)
+
+
+def _from_pt(path: Path, overrides: Mapping[str, Any]) -> HFModel:
+    """A training script's file; it names no tokenizer, but a vocabulary of GPT-2's size is GPT-2's."""
+    found = pt_model.read(path, overrides)
+    config, params = hf.translated(found.hf, found.tensors, path.name, found.notices)
+    tokenizer, stops = None, list[int]()
+    if Gpt2Encoder.size <= config.vocab_size < Gpt2Encoder.size + ROW_MULTIPLE:
+        tokenizer = Tokenizer.create("gpt2", template=TEMPLATES["plain"], model_vocab_size=config.vocab_size)
+        stops = [tokenizer.special(END_OF_TEXT).id]
+        found.notices.append(f"tokenizer taken to be GPT-2's: the vocabulary has {config.vocab_size:,} ids")
+    else:
+        found.notices.append(
+            f"no tokenizer imported: a .pt file has none, and {config.vocab_size:,} ids are not GPT-2's; "
+            "prompts must be token ids"
+        )
+    dtype = hf.most_common_dtype(params)
+    return HFModel("gpt2", config, params, found.tensors, dtype, stops, tokenizer, None, found.notices)
+
+
+def settings_of(words: Sequence[str]) -> dict[str, Any]:
+    """`["n_head=12"]` as `{"n_head": 12}`: values are JSON where they can be, else text.
+
+    Raises:
+        InputError: a word without `=`.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise InputError(f"--set takes KEY=VALUE, got {word!r}")
+        try:
+            settings[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            settings[key] = value
+    return settings
+
+
+def _cast(array: np.ndarray, dtype: Dtype | None) -> np.ndarray:
+    if dtype is None:
+        return array
+    import jax.numpy as jnp
+
+    return array.astype(jnp.dtype(dtype))
+
+
+def _verified(source: str | Path, out: str | Path, cast: Dtype | None, overrides: Mapping[str, Any]) -> str:
+    """Compare the checkpoint on disk with the source, read anew, in the source's own layout.
+
+    By digests, so that the two are never in memory together.
+
+    Raises:
+        InputError: values differ, naming the tensors; the checkpoint is left, to look at.
+    """
+    expected = {name: _digest(_cast(tensor, cast)) for name, tensor in read(source, overrides).tensors.items()}
+    saved = checkpoint.load(out)
+    found = {name: _digest(tensor) for name, tensor in weights.hf_tensors(saved.config, saved.params)}
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        raise InputError(f"{out} differs from {source} in {len(wrong)} tensors (first: {first(wrong)}); do not use it")
+    how = "bit for bit" if cast is None else f"bit for bit after rounding to {cast}"
+    values = sum(array.size for array in saved.params.values())
+    return f"verified: {values:,} values of {len(expected)} tensors are the source's, {how}"
+
+
+def _digest(tensor: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+    """Dtype, shape, and SHA-256 of the bits in row order."""
+    bits = np.ascontiguousarray(tensor).view(f"u{tensor.itemsize}")
+    return str(tensor.dtype), tensor.shape, hashlib.sha256(bits.data).digest()
