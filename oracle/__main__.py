@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return _refuse(f"{error.filename}: {error.strerror}; give a shorter path")
+        if isinstance(error, PermissionError):
+            return _refuse(f"{error.filename}: permission denied; give a path that this user may read and write")
         return _broke(error, debug)
     except BaseException as error:  # Rust code panics with what is no Exception; Python would exit with 1 then: fail
         return _broke(error, debug)

@@ -16,7 +16,10 @@ HIDDEN = -1e30
 QUERY_BY_SOURCE = ("mask", "attn.scores", "attn.masked", "attn.weights")
 WIDE = ("angles", "scores", "mask", "softmax", "head")
 """Ops that answer in float32 whatever the compute dtype is."""
-HEADS_FIRST = ("attn.q_heads", "attn.k_heads", "attn.v_heads", "attn.q_rope", "attn.k_rope", "attn.context")
+HEADS_FIRST = (
+    *("attn.q_heads", "attn.k_heads", "attn.v_heads", "attn.q_norm", "attn.k_norm"),
+    *("attn.q_rope", "attn.k_rope", "attn.context"),
+)
 CACHED = ("attn.keys", "attn.values")
 
 

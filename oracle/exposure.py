@@ -6,7 +6,7 @@ detection rate is measured.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,11 +32,8 @@ NEVER_RIGHT = frozenset(
     ("bf16 bits read as fp16", "bytes in another order", "one NaN", "tensor never filled", "tensor of another layer")
 )
 """Classes of wrong parameters that the rung statistics knows by their values alone."""
-REACH: Mapping[str, tuple[Callable[[ModelConfig], bool], str]] = {
-    "positions beyond 512": (lambda config: config.max_position_embeddings > 512, "the model's context ends before"),
-    "the end of the context": (probe.is_cheap, "decoding to it is left out for large models"),
-}
-"""Where in a sequence a fault of any class may lie."""
+FAR = 512
+"""Faults of far positions lie beyond it."""
 
 
 def classes(
@@ -64,9 +61,18 @@ def classes(
 
 def beyond(comparison: "Comparison", rungs: Sequence[str]) -> dict[str, str]:
     """Places in a sequence of which nothing is said, each with the reason."""
-    ours = comparison.candidate.config
-    unreached = {name: reason for name, (reached, reason) in REACH.items() if not reached(ours)}
-    return unreached if "operators" in rungs else {}
+    ours, unreached = comparison.candidate.config, dict[str, str]()
+    if "operators" not in rungs:
+        return unreached
+    if ours.max_position_embeddings <= FAR:
+        unreached[f"positions beyond {ours.max_position_embeddings:,}"] = "the model's context ends there"
+    if (ours.sliding_window or 0) >= min(ours.max_position_embeddings, probe.LONG):
+        unreached["tokens before the sliding window"] = (
+            "no sequence read is longer; at its end the mask alone is compared"
+        )
+    if not probe.is_cheap(ours):
+        unreached["the end of the context"] = "decoding to it is left out for large models"
+    return unreached
 
 
 def with_causes(report: Report) -> Report:

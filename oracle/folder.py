@@ -86,6 +86,8 @@ _LLAMA_MODULES = {
     "self_attn.q_proj": "attn.q",
     "self_attn.k_proj": "attn.k",
     "self_attn.v_proj": "attn.v",
+    "self_attn.q_norm": "attn.q_norm",
+    "self_attn.k_norm": "attn.k_norm",
     "self_attn.o_proj": "attn.out",
     "post_attention_layernorm": "mlp_norm",
     "mlp.gate_proj": "mlp.gate",
@@ -121,7 +123,7 @@ def _gpt2(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _llama(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Llama and Qwen2: Linear stores (out, in)."""
+    """Llama, Mistral and Qwen: Linear stores (out, in)."""
     bare = name.removeprefix("model.")
     match = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", bare)
     if match is None:

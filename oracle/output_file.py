@@ -5,7 +5,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +34,25 @@ def require(option: str, path: Path) -> None:
         raise InputError(f"{option}: {path} is a folder; name a file in it")
     if not os.access(path if mode is not None and in_place(path) else target.parent, os.W_OK):
         raise InputError(f"{option}: {path} cannot be written: no permission; name another file")
+
+
+def require_distinct(written: Mapping[str, Path], read: Mapping[str, Path]) -> None:
+    """Before the work: no result may take the place of another, or of what it is made from.
+
+    Args:
+        written: files by the option that names them.
+        read: files by what they are called.
+
+    Raises:
+        InputError: two are the same file; streams and devices may be shared.
+    """
+    taken = {os.path.realpath(path): name for name, path in read.items()}
+    for option, path in written.items():
+        if in_place(path):
+            continue
+        other = taken.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise InputError(f"{option}: {_short(path)} is the file of {other} too; name another")
 
 
 def in_place(path: Path) -> bool:

@@ -19,7 +19,7 @@ from jaxgpt.errors import InputError
 from oracle import memory, probe, training_probe
 from oracle.reference import DTYPES, Reference
 
-FAMILIES = {"gpt2": "gpt2", "llama": "llama", "qwen2": "llama"}
+FAMILIES = {"gpt2": "gpt2"} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "llama")
 """By model type: tensors of one family have the same names and layouts."""
 REMEDY = "give --reference the folder that the checkpoint's weights came from"
 _SIZES: Mapping[str, tuple[str, ...]] = {
@@ -64,7 +64,9 @@ def _refuse_too_small(config: ModelConfig) -> None:
 
 
 def _refuse_another_model(config: ModelConfig, source: Path) -> None:
+    _refuse_pipes(source)
     family, found = hf_model_type(config), _config(source)
+    _refuse_absurd(source, found)
     theirs = found.get("model_type")
     if not isinstance(theirs, str) or theirs not in FAMILIES:
         raise InputError(f"{source} is a model of type {reprlib.repr(theirs)}; the oracle knows {', '.join(FAMILIES)}")
@@ -80,18 +82,47 @@ def _refuse_another_model(config: ModelConfig, source: Path) -> None:
         raise InputError(f"{source} has {positions:,} learned positions, the checkpoint {ours}; {REMEDY}")
 
 
+def _refuse_pipes(source: Path) -> None:
+    """Opening a pipe waits for whoever writes into it, and a device may never end."""
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is a pipe or device, not a file; give a folder of model files")
+
+
+def _refuse_absurd(source: Path, found: Mapping[str, Any]) -> None:
+    """Values for which the reference would put a default, or that no tokenizer could have."""
+    positions = found.get("max_position_embeddings", 1)
+    if type(positions) is not int or positions < 1:
+        raise InputError(f"{source}: max_position_embeddings is {reprlib.repr(positions)}; expected 1 or more")
+    for name in ("config.json", "generation_config.json"):
+        ids = (found if name == "config.json" else _optional(source / name)).get("eos_token_id")
+        if any(type(id) is not int for id in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+            raise InputError(
+                f"{source / name}: eos_token_id is {reprlib.repr(ids)}; expected an integer or a list of them"
+            )
+
+
+def _optional(path: Path) -> Mapping[str, Any]:
+    return _object(path) if path.is_file() else {}
+
+
 def _count(size: object) -> str:
     return f"{size:,}" if isinstance(size, int) and abs(size) < 1 << 63 else reprlib.repr(size)
 
 
 def _config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
+    if not path.exists():
+        refuse_checkpoint(source)
+        raise InputError(f"{source} has no config.json; --reference takes a Hugging Face model folder")
+    return _object(path)
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        refuse_checkpoint(source)
-        what = f"{source} has no config.json" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-        raise InputError(f"{what}; --reference takes a Hugging Face model folder") from error
+        raise InputError(f"{path}: {error.strerror}; --reference takes a Hugging Face model folder") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON; restore it") from error
     if not isinstance(found, dict):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxgpt import checkpoint
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
-from jaxgpt.formats import hf
+from jaxgpt.formats import hf, importing
 from oracle import diagnosis, ladder, lesson, memory, preconditions, training_probe
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
@@ -107,4 +107,4 @@ def _exported(
 
 def import_folder(source: Path, directory: Path) -> None:
     """A Hugging Face folder as a checkpoint, through the product's importer."""
-    hf.import_hf(source, directory)
+    importing.import_model(source, directory)

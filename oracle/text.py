@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxgpt import chat
-from jaxgpt.chat import Message, Rendered, Template
+from jaxgpt.chat import Message, Rendered, Template, TurnTemplate
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.lm import LM
@@ -34,10 +34,12 @@ class Text:
     """Text of ids, special tokens spelled out."""
     specials: Mapping[str, Special]
     """By name: string and id."""
-    template: Template | None
+    template: TurnTemplate | None
     """What goes around each turn of a conversation."""
     stop_ids: tuple[int, ...]
     """Ids that end a reply."""
+    bos_ids: tuple[int, ...]
+    """What the vocabulary is made to put before every text."""
     parse: "Callable[[Text, str], list[int]]"
     """Ids of text in which the strings of special tokens stand for them."""
     render: "Callable[[Text, Sequence[Message]], Rendered]"
@@ -47,10 +49,11 @@ class Text:
 
     @classmethod
     def of(cls, loaded: Checkpoint) -> "Text | None":
-        """The text side of a checkpoint; None if it has no tokenizer."""
+        """The text side of a checkpoint; None if it has no tokenizer. An imported template is no data to compare."""
         if loaded.tokenizer is None:
             return None
-        tokenizer, template = loaded.tokenizer, loaded.template
+        tokenizer = loaded.tokenizer
+        template = loaded.template if isinstance(loaded.template, TurnTemplate) else None
         saved = _json(loaded.path / "tokenizer_state.json")
         return cls(
             saved=tokenizer.state() if saved is None else saved,
@@ -59,7 +62,8 @@ class Text:
             decode=tokenizer.decode,
             specials={special.name: special for special in tokenizer.specials},
             template=template,
-            stop_ids=_Prompts(tokenizer, template).stops(loaded),
+            stop_ids=_Prompts(tokenizer, loaded.template).stops(loaded),
+            bos_ids=tokenizer.bos_ids,
             parse=partial(parse, tokenizer),
             render=render,
             prompt=prompt,
@@ -94,6 +98,10 @@ class _View:
 
     def encode(self, string: str, *, specials: bool = False) -> list[int]:
         return self._text.parse(self._text, string) if specials else self._text.encode(string)
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        return self._text.bos_ids
 
     def special(self, name: str) -> Special:
         if name not in self._text.specials:

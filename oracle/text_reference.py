@@ -52,14 +52,14 @@ def references(comparison: Comparison) -> list[TextReference]:
     text = comparison.candidate.text
     if text is None:
         return []
+    if text.saved["kind"] == "char":
+        return [of_characters(text.saved["data"]["characters"])]
     found: list[TextReference] = []
     if is_installed():
         folders = (comparison.source, "the reference"), (comparison.export, "the export")
         found = [made for place, label in folders if place is not None and (made := of_folder(place, label))]
         if not found and text.saved["kind"] == "gpt2":
             found = [_packaged_gpt2()]
-    if not found and text.saved["kind"] == "char":
-        found = [of_characters(text.saved["data"]["characters"])]
     return found
 
 
@@ -116,24 +116,83 @@ def _of_tokenizer_json(path: Path, label: str) -> TextReference:
     content = json.loads(path.read_text("utf-8"))
     model = content.get("model", {})
     merges = _pairs(m.split(" ") if isinstance(m, str) else m for m in model.get("merges", []))
-    specials = {token["content"]: int(token["id"]) for token in content.get("added_tokens", [])}
+    specials = {t["content"]: int(t["id"]) for t in content.get("added_tokens", []) if t.get("special", True)}
     return _of_library(Tokenizer.from_file(str(path)), label, specials, model.get("vocab", {}), merges)
 
 
 def _of_vocabulary(folder: Path, label: str) -> TextReference:
     """`vocab.json` and `merges.txt`, and what is noted beside them as transformers 4 does."""
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+    merges = _merges(folder / "merges.txt")
+    if sum(f"{byte:02x}" in vocabulary for byte in range(256)) >= 200:
+        vocabulary, merges = _from_hex(vocabulary, merges)
     notes = _json(folder / "tokenizer_config.json")
-    specials = {token["content"]: int(id) for id, token in notes.get("added_tokens_decoder", {}).items()}
-    specials |= {name: int(id) for name, id in _json(folder / "added_tokens.json").items()}
+    noted = {int(id): token for id, token in notes.get("added_tokens_decoder", {}).items()}
+    noted |= {int(id): {"content": name} for name, id in _json(folder / "added_tokens.json").items() if id not in noted}
+    specials = {token["content"]: id for id, token in noted.items() if token.get("special", True)}
     if "<|endoftext|>" in vocabulary:
         specials.setdefault("<|endoftext|>", vocabulary["<|endoftext|>"])
     bos = notes.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     front = (specials[bos],) if notes.get("add_bos_token") and bos in specials else ()
-    merges = _merges(folder / "merges.txt")
-    made = _of_library(byte_level_bpe(vocabulary, merges), label, specials, vocabulary, merges)
-    return replace(made, front=front)
+    library = _cut_as(byte_level_bpe(vocabulary, merges), notes, _json(folder / "config.json"))
+    _add(library, [noted[id] for id in sorted(noted)])
+    return replace(_of_library(library, label, specials, vocabulary, merges), front=front)
+
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The pattern of Qwen2's tokenizer.json; Llama 3's takes up to three digits together."""
+
+
+def _cut_as(library: Any, notes: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """The library's tokenizer with the rule that its class, or else the model's type, has in transformers."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    said = [str(notes.get("tokenizer_class")).lower(), str(config.get("model_type")).lower()]
+    name = next((name for text in said for name in ("gpt2", "qwen", "llama") if text.startswith(name)), "gpt2")
+    if name == "gpt2":
+        return library
+    pattern = QWEN2 if name == "qwen" else QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), spelled])
+    if name == "qwen":
+        library.normalizer = normalizers.NFC()
+    else:
+        library.model.ignore_merges = True
+    return library
+
+
+def _add(library: Any, tokens: Sequence[Mapping[str, Any]]) -> None:
+    """Tokens of their own, in the order of their ids; only those that are not special are found in text."""
+    from tokenizers import AddedToken
+
+    for token in tokens:
+        special = token.get("special", True)
+        flags = {flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+        library.add_tokens([AddedToken(token["content"], special=special, **flags)])
+
+
+def _from_hex(
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary whose tokens are named by their bytes in hex, in GPT-2's alphabet."""
+    from tokenizers import pre_tokenizers
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Bytes that print stand for themselves; the others follow from U+0100 on, in their order.
+    own = [c for c in characters if ord(c) < 256]
+    of_byte = dict(zip(sorted({*range(256)} - {ord(c) for c in own}), characters[len(own) :], strict=True))
+    of_byte |= {ord(c): c for c in own}
+
+    def spelled(name: str) -> str:
+        try:
+            return "".join(of_byte[byte] for byte in bytes.fromhex(name))
+        except ValueError:
+            return name
+
+    return {spelled(name): id for name, id in vocabulary.items()}, [(spelled(a), spelled(b)) for a, b in merges]
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:

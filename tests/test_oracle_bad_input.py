@@ -1,6 +1,7 @@
 """What the oracle cannot compare is one line and exit code 2; what broke is never blamed on the model."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -83,7 +84,10 @@ def light(monkeypatch: pytest.MonkeyPatch):
         (CONFIG | {"hidden_size": 48}, "has hidden_size 48, the checkpoint 42; give --reference the folder"),
         (CONFIG | {"num_hidden_layers": 3}, "has num_hidden_layers 3, the checkpoint 1; give --reference the folder"),
         (CONFIG | {"intermediate_size": "wide"}, "has intermediate_size 'wide', the checkpoint 52; give --reference"),
-        (CONFIG | {"model_type": "mamba"}, "is a model of type 'mamba'; the oracle knows gpt2, llama, qwen2"),
+        (
+            CONFIG | {"model_type": "mamba"},
+            "is a model of type 'mamba'; the oracle knows gpt2, llama, mistral, qwen2, qwen3",
+        ),
     ],
 )
 def test_a_reference_of_another_model_is_refused_before_anything_is_read(
@@ -102,7 +106,10 @@ def test_a_reference_of_another_model_is_refused_before_anything_is_read(
         ("{", "{}/config.json is not readable JSON; restore it"),
         ("[]", "{}/config.json is not a JSON object; restore it"),
         ("[" * 100_000, "{}/config.json is not readable JSON; restore it"),
-        ('{"model_type": ["llama"]}', "{} is a model of type ['llama']; the oracle knows gpt2, llama, qwen2"),
+        (
+            '{"model_type": ["llama"]}',
+            "{} is a model of type ['llama']; the oracle knows gpt2, llama, mistral, qwen2, qwen3",
+        ),
     ],
 )
 def test_a_folder_without_a_readable_config_is_refused(
@@ -127,6 +134,62 @@ def test_tensors_of_other_shapes_than_their_config_says_are_refused(
 def test_a_fault_of_the_config_translation_is_no_bad_input(place: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6, "model_type": "qwen2"}))
     preconditions.check(place / "run", tmp_path, "float32")
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_in_the_folder_is_refused_and_not_waited_for(
+    place: Path, said: Callable[..., str], tmp_path: Path, name: str
+):
+    folder = tmp_path / "hf"
+    shutil.copytree(place / "hf", folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    wanted = f"{folder / name} is a pipe or device, not a file; give a folder of model files"
+    assert said(place / "run", "--reference", folder) == wanted
+    if name != "tokenizer.json":
+        told = said("--reference", folder, "--out", tmp_path / "x.trace", verb="record")
+        assert f"{folder / name} is a folder, pipe or device, not a file" in told
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "config.json",
+            {"eos_token_id": "a"},
+            "config.json: eos_token_id is 'a'; expected an integer or a list of them",
+        ),
+        ("generation_config.json", {"eos_token_id": [[]]}, "generation_config.json: eos_token_id is [[]]; expected an"),
+        ("config.json", {"max_position_embeddings": 0}, "max_position_embeddings is 0; expected 1 or more"),
+        ("config.json", {"max_position_embeddings": "9"}, "max_position_embeddings is '9'; expected 1 or more"),
+    ],
+)
+def test_values_that_no_model_has_are_quoted_as_they_are(
+    place: Path, said: Callable[..., str], tmp_path: Path, name: str, changes: dict[str, Any], message: str
+):
+    shutil.copytree(place / "hf", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
+    assert message in said(place / "run", "--reference", tmp_path)
+
+
+def test_what_may_not_be_read_is_bad_input(place: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch):
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "run/manifest.json")
+
+    monkeypatch.setattr(checkpoint, "describe", denied)
+    wanted = "run/manifest.json: permission denied; give a path that this user may read and write"
+    assert said(place / "run") == wanted
+
+
+@pytest.mark.usefixtures("light")
+def test_two_results_in_one_file_are_refused_before_the_work(place: Path, said: Callable[..., str], tmp_path: Path):
+    out = tmp_path / "out"
+    assert said(place / "run", "--html", out, "--json", out) == f"--html: {out} is the file of --json too; name another"
+    assert not out.exists()
 
 
 # -- Another kind of folder ------------------------------------------------------------

@@ -83,3 +83,15 @@ def test_what_cannot_be_appended_leaves_the_file_as_it_was(tmp_path: Path, befor
     assert (file.read_text() if file.exists() else None) == before
     output_file.append(file, "after\n")
     assert file.read_text() == (before or "") + "after\n"
+
+
+def test_no_result_takes_the_place_of_another_or_of_what_it_is_made_from(tmp_path: Path):
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    output_file.require_distinct({"--html": page, "--json": tmp_path / "report.json"}, {"A": tmp_path / "a.trace"})
+    with pytest.raises(InputError, match=r"^--json: .*link\.html is the file of --html too; name another$"):
+        output_file.require_distinct({"--html": page, "--json": link}, {})
+    with pytest.raises(InputError, match=r"^--html: .*page\.html is the file of the report too; name another$"):
+        output_file.require_distinct({"--html": tmp_path / "." / "page.html"}, {"the report": page})
+    stdout = Path("/dev/stdout")
+    output_file.require_distinct({"--html": stdout, "--json": stdout}, {"A": stdout})

@@ -264,6 +264,8 @@ def test_changes_of_two_parts_read_as_sentences_and_one_rung_agrees():
     [
         ("operators", ["layers.1.attn.q", "layers.2.attn.q"], "Layers: all 3."),
         ("operators", ["layers.2.attn.q"], "Layers: 0, 2 of 0 to 2."),
+        ("bits", ["layers.2.attn.q"], "Layers: 0, 2 of 0 to 2, but of their parameters attn.q alone."),
+        ("bits", ["layers.2.attn.q", "layers.2.attn.k"], "Layers: 0, 2 of 0 to 2."),
         ("operators", ["layers.1.attn.q (rung decode)"], "Layers: only 0 of 0 to 2."),
         ("forward", ["layers.1.attn.q"], ""),
     ],
@@ -275,6 +277,12 @@ def test_the_layers_of_a_cause_are_told_where_each_place_is_wrong_by_itself(rung
     assert (layers in text) if layers else ("Layers:" not in text)
     assert layers.removeprefix("Layers: ").capitalize() in seen
     assert ("Seen again at: layers.1.attn.q (rung decode)." in text) is ("(rung" in also[0])
+
+
+def test_the_page_says_which_models_were_compared():
+    sides = {"checkpoint": "runs/a", "reference": "its own export", "dtype": "float32"}
+    report = dataclasses.replace(report_of(cause()), environment=sides)
+    assert "Oracle report · runs/a against its own export · float32" in both_forms(report)[1]
 
 
 def test_both_numbers_of_a_comparison_of_numbers_are_told(tmp_path: Path):
@@ -324,6 +332,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda d: d.update(version=1), "is a report of version '1'; this oracle reads version 5"),
         (lambda d: d.pop("version"), "the document has no 'version'"),
         (lambda d: d.pop("rungs"), "the document has no 'rungs'"),
+        (lambda d: d.update(rungs=[], verdict="pass"), "has no rungs, so nothing was compared"),
         (lambda d: d.update(verdict="pass"), "states the verdict 'pass', but its rungs say 'fail'"),
         (lambda d: d["rungs"][0]["findings"][0].update(error="much"), "rungs[0].findings[0].error must be a number"),
         (lambda d: d["rungs"][0]["findings"][0].update(error=10**400), "must be a number of double precision"),

@@ -366,6 +366,27 @@ def test_a_callable_is_recorded_by_its_name(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import sys\nsys.exit(0)\n", "cannot import mine_to_trace: it called sys.exit(0) and returned nothing"),
+        ("1 +\n", "cannot import mine_to_trace: it raised SyntaxError: invalid syntax"),
+        ("raise ValueError('no data\\nat all')\n", "cannot import mine_to_trace: it raised ValueError: no data"),
+    ],
+)
+def test_a_program_that_ends_while_it_is_imported_is_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str, message: str
+):
+    (tmp_path / "mine_to_trace.py").write_text(program)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_to_trace", raising=False)
+    assert main(["record", "--callable", "mine_to_trace:taps", "--out", "a.trace"]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not Path("a.trace").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "one of the arguments checkpoint --reference --callable is required"),
@@ -383,6 +404,8 @@ def test_a_callable_is_recorded_by_its_name(tmp_path: Path, monkeypatch: pytest.
         (["--callable", "no_such_module:f"], "--callable cannot import no_such_module"),
         (["--callable", "json:nothing"], "json has no function nothing"),
         (["--callable", "json:loads"], "json:loads raised TypeError: "),
+        (["--callable", "sys:exit"], "sys:exit called sys.exit(None) and returned nothing to record"),
+        (["--callable", ".:f"], "takes MODULE:FUNCTION"),
         (["--callable", "json:loads", "--dtype", "float32"], "are for a checkpoint or --reference"),
     ],
 )

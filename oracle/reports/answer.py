@@ -27,8 +27,9 @@ def _models(report: Report) -> str:
     parts = [f"{config[key]} {word}" for key, word in _SIZES.items() if isinstance(config.get(key), int)]
     parts += [str(of("dtype"))] if of("dtype") else []
     sides = [f"{label} {of(key)}" for key, label in (("jax", "JAX"), ("torch", "PyTorch")) if of(key)]
+    models = [f"{of('checkpoint')} against {of('reference')}"] if of("checkpoint") else []
     planted = [f"planted: {of('planted')}"] if of("planted") else []
-    return " · ".join(part for part in ("Oracle report", *parts, " against ".join(sides), *planted) if part)
+    return " · ".join(part for part in ("Oracle report", *models, *parts, " against ".join(sides), *planted) if part)
 
 
 _SIZES = {"num_hidden_layers": "layers", "hidden_size": "wide", "num_attention_heads": "heads"}

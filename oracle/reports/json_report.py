@@ -127,6 +127,8 @@ def _report(value: _Value, *, with_repaired: bool) -> Report:
         causes=value.key("causes").each(_cause),
         repaired=_report(repaired, with_repaired=False) if with_repaired and repaired.raw is not None else None,
     )
+    if not report.rungs:
+        raise InputError(f"{value.file}: has no rungs, so nothing was compared; {REMEDY}")
     stated = value.key("verdict").text()
     if stated != report.verdict:
         message = f"states the verdict {stated[:20]!r}, but its rungs say {report.verdict!r}"

@@ -70,6 +70,8 @@ def lines(report: Report) -> Iterator[str]:
 def _exposure(report: Report) -> Iterator[str]:
     exposed, hidden = report.exposed_classes, report.hidden_classes
     known = len(exposed) + len(hidden)
+    if not known:  # a comparison of traces: what could be wrong in them is not known
+        return
     yield f"Could have shown {len(exposed)} of {known} known kinds of fault (--html and --json name them all)."
     names: dict[str, list[str]] = {}
     for name, reason in hidden.items():

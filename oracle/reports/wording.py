@@ -193,9 +193,16 @@ def layers(report: Report, cause: Cause) -> str:
     wrong = sorted({layer for layer in map(layer_of, (cause.tap, *own)) if layer is not None})
     if cause.rung not in LOCAL or not wrong or not isinstance(total, int) or total < 2:
         return ""
+    alone = _one_kind(cause, own) if len(wrong) > 1 else ""
     if len(wrong) == total:
-        return f"all {total}"
-    return f"{'only ' if len(wrong) == 1 else ''}{', '.join(map(str, wrong))} of 0 to {total - 1}"
+        return f"all {total}{alone}"
+    return f"{'only ' if len(wrong) == 1 else ''}{', '.join(map(str, wrong))} of 0 to {total - 1}{alone}"
+
+
+def _one_kind(cause: Cause, own: Sequence[str]) -> str:
+    """Where parameters of one kind are wrong in several layers, that the layers' others are right."""
+    kinds = {place.split(".", 2)[-1] for place in (cause.tap, *own)}
+    return f", but of their parameters {kinds.pop()} alone" if cause.rung == "bits" and len(kinds) == 1 else ""
 
 
 def quoted(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,8 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     require_parent("--json", arguments.json)
     require_parent("--html", arguments.html)
     check_ci(arguments)
+    written = {f"--{name}": getattr(arguments, name) for name in ("json", "html", "junit", "summary")}
+    require_distinct(written, {"--calibration": arguments.calibration})
     if arguments.seed < 0:
         raise InputError(f"--seed must be ≥ 0, got {arguments.seed}")
     require_torch()
@@ -91,6 +93,18 @@ def require_parent(option: str, path: Path | None) -> None:
     """Raises InputError where a file that was asked for cannot be written."""
     if path is not None:
         output_file.require(option, path)
+
+
+def require_distinct(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+    """See `output_file.require_distinct`; paths by option, None where it was not given."""
+    files = [{option: path for option, path in group.items() if path is not None} for group in (written, read)]
+    output_file.require_distinct(*files)
+
+
+def require_jax(what: str) -> None:
+    """Raises InputError, saying what needs it, where there is no JAX."""
+    if importlib.util.find_spec("jax") is None:
+        raise InputError(f"{what} needs JAX: pip install .")
 
 
 def progress(name: str) -> None:

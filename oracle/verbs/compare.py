@@ -9,6 +9,8 @@ from typing import Any
 from jaxgpt.errors import InputError
 from oracle.verbs import arguments as shared
 
+OWN_EXPORT = "its own export"
+
 
 def add(verbs: Any) -> None:
     """Declare the verb."""
@@ -51,8 +53,9 @@ def carry_out(arguments: argparse.Namespace, *, diagnose: bool) -> int:
         **planted,
     )
     answer = exposure.with_causes(answer)
-    if planted:
-        answer = replace(answer, environment={**answer.environment, "planted": fault})
+    source = arguments.reference
+    sides = {"checkpoint": str(arguments.checkpoint), "reference": str(source) if source else OWN_EXPORT}
+    answer = replace(answer, environment={**sides, **answer.environment, **({"planted": fault} if planted else {})})
     print("\n".join(terminal.lines(answer)), flush=True)
     if arguments.json is not None:
         shared.write_json(arguments.json, answer.to_dict())

@@ -33,6 +33,8 @@ def add(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carry it out; the exit code."""
     shared.require_parent("--json", arguments.json)
+    read = {"A": arguments.a, "B": arguments.b, "--truth": arguments.truth, "--noise": arguments.noise}
+    shared.require_distinct({"--json": arguments.json}, {**read, "--map": arguments.map})
     from oracle.traces import name_map, text, trace_file
     from oracle.traces.difference import diff
 
@@ -57,6 +59,7 @@ def _loaded(path: Path, dtype: str | None) -> "Trace":
 
 def _recorded(directory: Path, a: "Trace", dtype: str | None) -> "Trace":
     """Today's model on the inputs of a stored trace."""
+    shared.require_jax(f"{directory} is a checkpoint, and running it")
     from oracle.traces import checkpoints
     from oracle.traces.recorder import selected
 

@@ -32,12 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: torch is missing, an argument makes no sense, or `--out` cannot be made.
     """
+    given.require_torch()
     if arguments.list:
         from oracle.faults import planting
 
         print("\n".join(planting.listed()))
         return 0
-    given.require_torch()
     _check(arguments)
     from oracle.faults import figures, matrix
 

@@ -92,21 +92,31 @@ def _called(name: str) -> "Trace":
         return record(function)
     except InputError:
         raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{name} raised {type(error).__name__}: {reason}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{name} {_ended(error)}") from error
+
+
+def _ended(error: BaseException) -> str:
+    """How a user's program came to its end; leaving is no result either."""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({error.code!r}) and returned nothing to record"
+    return f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _function(name: str) -> Callable[[], Any]:
     module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute:
+    if not colon or not module.strip(".") or module.startswith(".") or not attribute:
         raise InputError(f"--callable takes MODULE:FUNCTION, for example examples.model:trace, got {name!r}")
     # As `python -m` does: the user's program is where the user is.
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute, None)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(f"--callable cannot import {module}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--callable cannot import {module}: it {_ended(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(function):

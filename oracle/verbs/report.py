@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     shared.require_parent("--html", arguments.html)
     shared.check_ci(arguments)
+    written = {"--html": arguments.html, "--junit": arguments.junit, "--summary": arguments.summary}
+    shared.require_distinct(written, {"the report": arguments.report})
     try:
         report = json_report.read(arguments.report)
         rendered = page.render(report) if arguments.html is not None else ""
