@@ -36,11 +36,16 @@ VERBS = (
     Verb("generate", s.GenerateSettings, "talk:generate", "continue texts, or answer conversations"),
     Verb("chat", s.ChatSettings, "talk:chat", "talk with a model"),
     Verb("check", s.CheckSettings, "check:check", "prove that training and inference are the same model"),
-    Verb("inspect", s.InspectSettings, "look:inspect", "say what a checkpoint or Hugging Face folder holds"),
+    Verb("inspect", s.InspectSettings, "look:inspect", "say what a checkpoint, Hugging Face folder or GGUF file holds"),
     Verb("bench", s.BenchSettings, "bench:bench", "measure prefill and decode speed"),
     Verb("import", s.ImportSettings, "convert:import_", "turn a Hugging Face folder into a checkpoint"),
-    Verb("export", s.ExportSettings, "convert:export", "turn a checkpoint into a Hugging Face folder"),
+    Verb("export", s.ExportSettings, "convert:export", "turn a checkpoint into a Hugging Face folder or a GGUF file"),
+    Verb("hub download", s.HubDownloadSettings, "hub:download", "fetch models of the Hugging Face hub"),
+    Verb("hub upload", s.HubUploadSettings, "hub:upload", "put a checkpoint or Hugging Face folder on the hub"),
+    Verb("hub list", s.HubListSettings, "hub:list_", "name the models of a user or organisation"),
 )
+GROUPS = ("data", "hub")
+"""First words of verbs that have two."""
 
 EXAMPLES = """\
   jaxgpt data encode stdlib --out data --tokenizer char
@@ -104,8 +109,8 @@ def _run(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"jaxgpt {__version__}")
         return 0
-    if words in (["data"], ["data", "--help"], ["data", "-h"]):
-        print("\n".join(_lines([verb for verb in VERBS if verb.name.startswith("data ")])))
+    if words[0] in GROUPS and words[1:] in ([], ["--help"], ["-h"]):
+        print("\n".join(_lines([verb for verb in VERBS if verb.name.startswith(f"{words[0]} ")])))
         return 0
     verb, rest = _verb(words)
     before_text = rest[: rest.index("--")] if "--" in rest else rest
@@ -125,7 +130,7 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
         parts = verb.name.split()
         if words[: len(parts)] == parts:
             return verb, words[len(parts) :]
-    asked = " ".join(words[:2] if words[0] == "data" else words[:1])
+    asked = " ".join(words[:2] if words[0] in GROUPS else words[:1])
     if asked.startswith("-"):
         raise InputError(f"the verb comes first, got {asked}; for example `jaxgpt chat DIRECTORY`, see `jaxgpt --help`")
     known = [verb.name for verb in VERBS]

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import device, generate, model, weights
-from jaxgpt.config import PRESETS, ModelConfig, to_hf
+from jaxgpt.config import ModelConfig, to_hf
+from jaxgpt.presets import PRESETS
 from jaxgpt.settings import GenerationSettings
 
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import device, flops, gates, model
-from jaxgpt.config import PRESETS, ModelConfig
+from jaxgpt.config import ModelConfig
+from jaxgpt.presets import PRESETS
 from jaxgpt.settings import TrainSettings
 from jaxgpt.train_step import initial_state, stacked, train_step
 

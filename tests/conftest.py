@@ -3,8 +3,11 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
+# A shell that starts a job in the background has it ignore Ctrl-C, which tests are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one test process compiles, the others and the commands they start find: they inherit the folder.
@@ -23,6 +26,9 @@ from jaxtyping import install_import_hook
 install_import_hook(["jaxgpt.ops", "jaxgpt.model", "jaxgpt.cache", "jaxgpt.sampling"], "beartype.beartype")
 
 import dataclasses
+import itertools
+from collections.abc import Generator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -82,8 +88,30 @@ CONFIGS: dict[str, ModelConfig] = {
         rope_theta=1e6,
     ),
     "llama-square": dataclasses.replace(LLAMA, hidden_size=84),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, hidden_size=44, head_dim=10, tie_word_embeddings=True),
+    "mistral": dataclasses.replace(LLAMA, sliding_window=11),
+    "qwen3-yarn": dataclasses.replace(
+        LLAMA,
+        qk_norm=True,
+        rope_theta=500.0,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=24),
+    ),
 }
 """Tiny and adversarial: a transposed, swapped or forgotten tensor cannot hide."""
+
+
+_tests_run = itertools.count(1)
+_MOST_AREAS = 20_000
+"""A third of the memory areas that Linux lets a process have (vm.max_map_count)."""
+
+
+@pytest.fixture(autouse=True)
+def _programs_of_earlier_tests_give_way() -> Generator[None]:
+    """A compiled program takes several memory areas; thousands of tests in one process would use them up and crash."""
+    yield
+    areas = Path("/proc/self/maps")
+    if next(_tests_run) % 20 == 0 and areas.exists() and areas.read_bytes().count(b"\n") > _MOST_AREAS:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=CONFIGS)

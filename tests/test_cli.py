@@ -110,9 +110,11 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
         (["data", "inspect", "nowhere.jsonl"], "nowhere.jsonl is not a file"),
         (["inspect", "nowhere"], "nowhere is no folder"),
         (["bench", "d", "--iterations", "0"], "iterations must be at least 1, got 0"),
-        (["import", "nowhere", "x"], "nowhere/config.json cannot be read"),
+        (["import", "nowhere", "x"], "nowhere does not exist; give a Hugging Face folder or a .pt file"),
         (["export", "nowhere", "x"], "nowhere is no folder"),
-        (["export", "d", "x", "--format", "gguf"], "--format must be one of hf; got 'gguf'"),
+        (["export", "d", "x", "--format", "onnx"], "--format must be one of hf, gguf; got 'onnx'"),
+        (["export", "d", "x", "--dtype", "q8_0"], "--dtype q8_0 needs --format gguf"),
+        (["export", "nowhere", "x", "--format", "gguf"], "nowhere is no folder"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(

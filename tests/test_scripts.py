@@ -31,3 +31,16 @@ def test_the_training_benchmark_gives_a_share_of_the_matmul_rate_and_its_formula
     assert 0 < result["share_of_matmul_rate"] < 1
     assert result["mfu"] is None, "a CPU has no known peak"
     assert "6·(parameters in matrix products)" in result["formula"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "config", "index", "pt", "tokenizer", "vocab", "merges", "tokenizer_config", "gguf"]
+)
+def test_damaged_files_are_read_or_refused_in_one_line(kind: str):
+    """Fifty here; the script does 10,000 of each format."""
+    command = [sys.executable, str(ROOT / "scripts" / "fuzz_formats.py"), "--format", kind, "--count", "50"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout.splitlines()[-1])["formats"][kind]
+    assert found["defects"] == []
+    assert found["read"] + found["refused"] == 50
+    assert found["refused"] > 20

@@ -29,14 +29,14 @@ def encode(settings: DataEncodeSettings, output: Output) -> int:
     if settings.workers is not None and settings.workers < 1:
         raise InputError(f"workers must be at least 1, got {settings.workers}")
     if settings.model:
-        made = [flag for flag in ("--tokenizer", "--template") if flag in output.given]
+        made = [flag for flag in ("--tokenizer", "--tokenizer-kind", "--template") if flag in output.given]
         if made:
             raise InputError(f"--model brings its own tokenizer and template, got {' '.join(made)} too; drop one")
         tokenizer, template = _of_checkpoint(settings.model)
     else:
         template = TEMPLATES[settings.template]
         texts = (document.text for source in settings.sources for document in documents(source))
-        tokenizer = _created(settings.tokenizer, template, texts)
+        tokenizer = _chosen(settings, template, texts, output)
     with _progress() as progress:
         report = encoding.encode(
             settings.sources,
@@ -55,10 +55,16 @@ def encode(settings: DataEncodeSettings, output: Output) -> int:
     return 0
 
 
-def _created(kind: str, template: "Template", corpus: Iterable[str]) -> "Tokenizer":
-    from jaxgpt.tokenizer import Tokenizer
+def _chosen(
+    settings: DataEncodeSettings | DataInspectSettings, template: "Template", corpus: Iterable[str], output: Output
+) -> "Tokenizer":
+    from jaxgpt.tokenizer_choice import chosen
 
-    return Tokenizer.create(kind, template=template, corpus=corpus if kind == "char" else ())
+    kind = None if settings.tokenizer_kind == "auto" else settings.tokenizer_kind
+    tokenizer, notices = chosen(settings.tokenizer, template, corpus=corpus, kind=kind)
+    for notice in notices:
+        output.note(notice)
+    return tokenizer
 
 
 def _of_checkpoint(directory: str) -> "tuple[Tokenizer, Template | None]":
@@ -109,7 +115,7 @@ def inspect(settings: DataInspectSettings, output: Output) -> int:
     """Each token of chat JSONL and whether it is trained."""
     from jaxgpt.data.episodes import read_episodes
 
-    tokenizer, template = _for_inspection(settings)
+    tokenizer, template = _for_inspection(settings, output)
     found = read_episodes(settings.file, tokenizer, template, settings.sequence_length)
     output.note(str(found))
     if not output.json and not output.terminal:
@@ -123,7 +129,7 @@ def inspect(settings: DataInspectSettings, output: Output) -> int:
     return 0
 
 
-def _for_inspection(settings: DataInspectSettings) -> "tuple[Tokenizer, Template]":
+def _for_inspection(settings: DataInspectSettings, output: Output) -> "tuple[Tokenizer, Template]":
     from jaxgpt.chat import TEMPLATES
     from jaxgpt.data.episodes import read_messages
 
@@ -140,7 +146,7 @@ def _for_inspection(settings: DataInspectSettings) -> "tuple[Tokenizer, Template
         for _, messages in read_messages([settings.file]):
             yield from (message["content"] for message in messages)
 
-    return _created(settings.tokenizer, template, corpus()), template
+    return _chosen(settings, template, corpus(), output), template
 
 
 def _show(number: int, episode: "Rendered", tokenizer: "Tokenizer", output: Output) -> None:

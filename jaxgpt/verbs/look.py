@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxgpt.formats.gguf_header import Array
 from jaxgpt.settings import InspectSettings
 from jaxgpt.verbs.output import Output, waiting
 
@@ -17,10 +18,12 @@ LEFT_OUT = {"parameters", "provenance", "tokenizer"}
 
 
 def inspect(settings: InspectSettings, output: Output) -> int:
-    """What a folder holds; exit code 1 if a tensor cannot be right.
+    """What a folder or GGUF file holds; exit code 1 if a tensor cannot be right.
 
     The text form reads arrays for `--tensors` only; JSON always has their statistics.
     """
+    if Path(settings.directory).is_file():
+        return _gguf(settings, output)
     is_hf = (Path(settings.directory) / "config.json").is_file()
     with waiting("reading"):
         read = _hugging_face if is_hf else _checkpoint
@@ -58,6 +61,44 @@ def _hugging_face(directory: str, *, tensors: bool, output: Output) -> tuple[dic
         "template": found.template and found.template.name,
     }
     return description, found.params if tensors else {}
+
+
+def _gguf(settings: InspectSettings, output: Output) -> int:
+    """What a GGUF file declares; its tensors are not read."""
+    from jaxgpt.formats import gguf_header
+
+    path = Path(settings.directory)
+    found = gguf_header.read(path)
+    tensors = {t.name: {"shape": list(t.shape), "dtype": t.dtype, "bytes": t.size} for t in found.tensors}
+    description: dict[str, Any] = {
+        "path": str(path.absolute()),
+        "format": "gguf",
+        "gguf_version": found.version,
+        "parameter_count": sum(math.prod(t.shape) for t in found.tensors),
+        "tensor_count": len(tensors),
+    }
+    if output.json:
+        metadata = {key: _metadata_json(value) for key, value in found.metadata.items()}
+        output.result({**description, "metadata": metadata, "parameters": tensors})
+        return 0
+    _describe(description, output)
+    for key, value in found.metadata.items():
+        output.say(f"{key:<46}{_metadata_text(value)}")
+    for tensor in found.tensors if settings.tensors else ():
+        output.say(f"{tensor.name:<34}{'×'.join(map(str, tensor.shape)):<16}{tensor.dtype}")
+    return 0
+
+
+def _metadata_json(value: Any) -> Any:
+    return {"length": value.length, "first": value.first} if isinstance(value, Array) else value
+
+
+def _metadata_text(value: Any) -> str:
+    if isinstance(value, Array):
+        more = " …" if value.length > len(value.first) else ""
+        return f"{value.length:,} values: {' '.join(map(repr, value.first))}{more}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}… ({len(text):,} characters)"
 
 
 def _statistics(params: Mapping[str, Any]) -> "list[TensorStatistics]":
