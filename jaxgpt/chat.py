@@ -4,7 +4,7 @@ Only a template can emit a special token. What people and models write is encode
 apart from it, as ordinary text, so no string in a message becomes a control token.
 
 There are two kinds of template behind the same functions: turns written down as data,
-here, and programs imported with a model (`jaxgpt.jinja_template`).
+here, and programs imported with a model (`jaxgpt.jinja.template`).
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from jaxgpt.errors import InputError, first
 from jaxgpt.tokenizer import ALWAYS, END, END_OF_TEXT, Tokenizer
-from jaxgpt.vocabulary import exact_keys, refuse_invalid_unicode
+from jaxgpt.vocabularies.kinds import exact_keys, refuse_invalid_unicode
 
 
 class Message(TypedDict):
@@ -94,7 +94,7 @@ class Template(ABC):
         """Inverse of `to_dict`, for both kinds; raises InputError for anything else."""
         if values.get("kind") != "jinja":
             return TurnTemplate.of_dict(values)
-        from jaxgpt.jinja_template import JinjaTemplate
+        from jaxgpt.jinja.template import JinjaTemplate
 
         return JinjaTemplate.of_dict(values)
 

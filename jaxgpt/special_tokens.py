@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxgpt import vocabulary
 from jaxgpt.errors import InputError, first
-from jaxgpt.vocabulary import Encoder, refuse_invalid_unicode
+from jaxgpt.vocabularies import kinds
+from jaxgpt.vocabularies.kinds import Encoder, refuse_invalid_unicode
 
 END_OF_TEXT = "end_of_text"
 PAD = "pad"
 END = "end"
 """Name of the special token that ends a turn, in templates that have one."""
-ALWAYS = {END_OF_TEXT: vocabulary.END_OF_TEXT, PAD: "<|pad|>"}
+ALWAYS = {END_OF_TEXT: kinds.END_OF_TEXT, PAD: "<|pad|>"}
 """Special tokens of every tokenizer, name to string; `pad` only where the embedding has a row for it."""
 
 

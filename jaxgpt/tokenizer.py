@@ -23,7 +23,7 @@ from jaxgpt.special_tokens import (
     saved_added,
     saved_specials,
 )
-from jaxgpt.vocabulary import Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
+from jaxgpt.vocabularies.kinds import Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
 
 if TYPE_CHECKING:
     from jaxgpt.chat import Template

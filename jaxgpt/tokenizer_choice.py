@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxgpt import vocabulary_files
 from jaxgpt.chat import Template
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.vocabulary import END_OF_TEXT
-from jaxgpt.vocabulary_files import Kind, is_gpt2
+from jaxgpt.vocabularies import vocabulary_files
+from jaxgpt.vocabularies.kinds import END_OF_TEXT
+from jaxgpt.vocabularies.vocabulary_files import Kind, is_gpt2
 
 NAMES = ("gpt2", "char")
 """Kinds that need no file."""

@@ -264,7 +264,7 @@ def cases(root: Path, extra: list[Path]) -> Iterator[Case]:
 def _r50k() -> dict[str, Any]:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    from jaxgpt.vocabulary import gpt2_files
+    from jaxgpt.vocabularies.kinds import gpt2_files
 
     files = gpt2_files()
     ranks = data_gym_to_mergeable_bpe_ranks(str(files["vocab.bpe"]), str(files["encoder.json"]))

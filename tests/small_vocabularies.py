@@ -10,8 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, trainers
 
-from jaxgpt import split_rules
-from jaxgpt.byte_alphabet import CHARACTERS
+from jaxgpt.vocabularies import split_rules
+from jaxgpt.vocabularies.byte_alphabet import CHARACTERS
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CONTENT = ("<tool_call>", "<MUL_2_3_6>")

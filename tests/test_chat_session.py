@@ -9,13 +9,14 @@ import pytest
 from conftest import GPT2, random_params
 from jinja_families import QWEN2, ZEPHYR
 
-from jaxgpt import chat, jinja_import
+from jaxgpt import chat
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.chat_session import ChatSession
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.generate import Conversation
-from jaxgpt.jinja_files import FoundTemplate
+from jaxgpt.jinja import template_import
+from jaxgpt.jinja.template_files import FoundTemplate
 from jaxgpt.lm import LM, Piece
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def imported(source: str) -> LM:
     lm, notices = tiny(), list[str]()
     assert lm.tokenizer
     found = FoundTemplate({"default": source}, "config", {"eos_token": "<|im_end|>"})
-    lm.template = jinja_import.examined(found, lm.tokenizer, notices)
+    lm.template = template_import.examined(found, lm.tokenizer, notices)
     assert lm.template, notices
     return lm
 

@@ -19,12 +19,13 @@ import pytest
 import small_vocabularies as small
 from conftest import CONFIGS, LLAMA, random_params, rounding
 
-from jaxgpt import chat, model, split_rules, weights
+from jaxgpt import chat, model, weights
 from jaxgpt.chat import TEMPLATES, Message
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
 from jaxgpt.formats import gguf_export, hf_tokenizer
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.vocabularies import split_rules
 from jaxgpt.weights import GGUFTensor
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")

@@ -12,7 +12,7 @@ from jaxgpt.chat import CHATML, PLAIN, TEMPLATES, Message, Template, paired_tags
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf_tokenizer
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.vocabulary import gpt2_files
+from jaxgpt.vocabularies.kinds import gpt2_files
 
 TEXTS = (
     small.PYTHON,

@@ -24,10 +24,11 @@ from conftest import CONFIGS, random_params
 from hub_server import TOKEN, Hub
 from huggingface_hub import constants
 
-from jaxgpt import checkpoint, cli, hub, hub_download, hub_upload, manifest
+from jaxgpt import checkpoint, cli, manifest
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf
+from jaxgpt.hub import download, remote, upload
 from jaxgpt.run_lock import RunLock
 from jaxgpt.tokenizer import Tokenizer
 
@@ -230,27 +231,27 @@ def test_a_group_is_listed_over_all_pages(there: Hub, capsys: pytest.CaptureFixt
 # -- Whole or not at all ---------------------------------------------------------------
 
 
-def selection(name: str = "owner/model") -> hub_download.Selection:
-    return hub_download.select(hub.snapshot(name))
+def selection(name: str = "owner/model") -> download.Selection:
+    return download.select(remote.snapshot(name))
 
 
 def test_started_again_only_the_rest_is_fetched(there: Hub, tmp_path: Path):
     there.add("owner/model", HF)
     there.status_of_files = 503
     with pytest.raises(InputError, match="answered 503 for owner/model; start again later, what has arrived is kept"):
-        hub_download.download(selection(), tmp_path / "m")
+        download.download(selection(), tmp_path / "m")
     there.status_of_files = 0
     # Every try of the package is cut off, and the first of them has the most.
     there.cut = [700_000, *[0] * 30]
     with pytest.raises(InputError, match="the hub could not be reached"):
-        hub_download.download(selection(), tmp_path / "m")
+        download.download(selection(), tmp_path / "m")
     assert not (tmp_path / "m").exists()
     there.cut = []
     (part,) = (tmp_path / ".m.partial").glob("model.safetensors.*.part")
     arrived = part.stat().st_size
     there.served = 0
     there.requests.clear()
-    done = hub_download.download(selection(), tmp_path / "m")
+    done = download.download(selection(), tmp_path / "m")
     assert (tmp_path / "m/model.safetensors").read_bytes() == WEIGHTS
     assert arrived > 0
     assert done.fetched == there.served <= sum(len(HF[name]) for name in TAKEN) - arrived
@@ -260,7 +261,7 @@ def test_started_again_only_the_rest_is_fetched(there: Hub, tmp_path: Path):
 def test_a_connection_that_is_cut_is_taken_up_again(there: Hub, tmp_path: Path):
     there.add("owner/model", HF)
     there.cut = [600_000, 5_000, 3]
-    hub_download.download(selection(), tmp_path / "m")
+    download.download(selection(), tmp_path / "m")
     assert (tmp_path / "m/model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -268,9 +269,9 @@ def test_a_server_without_ranges_sends_the_whole_file_again(there: Hub, tmp_path
     there.add("owner/model", HF)
     there.cut = [600_000, *[0] * 30]
     with pytest.raises(InputError, match="could not be reached"):
-        hub_download.download(selection(), tmp_path / "m")
+        download.download(selection(), tmp_path / "m")
     there.cut, there.ignore_range = [], True
-    hub_download.download(selection(), tmp_path / "m")
+    download.download(selection(), tmp_path / "m")
     assert (tmp_path / "m/model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -302,11 +303,11 @@ def test_a_model_that_changed_between_two_tries_is_not_mixed(there: Hub, tmp_pat
     there.add("owner/model", {**HF, "vocab.json": b"{}"})
     there.cut = [600_000, *[0] * 30]
     with pytest.raises(InputError, match="could not be reached"):
-        hub_download.download(selection(), tmp_path / "m")
+        download.download(selection(), tmp_path / "m")
     there.cut = []
     changed = {**HF, "model.safetensors": WEIGHTS[::-1], "tokenizer.json": b"[]" * 400}
     there.add("owner/model", changed)
-    hub_download.download(selection(), tmp_path / "m")
+    download.download(selection(), tmp_path / "m")
     found = contents_of(tmp_path / "m")
     found.pop("hub.json")
     assert found == {name: changed[name] for name in TAKEN}
@@ -332,7 +333,7 @@ def test_other_bytes_than_announced_never_count(
     assert expected.get(what, "more bytes than the ") in said
     assert not (tmp_path / "m").exists()
     there.tamper, there.unmeasured = Hub().tamper, False
-    hub_download.download(selection(), tmp_path / "m")
+    download.download(selection(), tmp_path / "m")
     assert (tmp_path / "m/model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -371,7 +372,7 @@ def test_a_step_that_does_not_match_its_manifest_is_not_kept(
 
 def test_files_beside_a_steps_manifest_are_left_on_the_hub(there: Hub, run_folder: Path, tmp_path: Path):
     there.add("owner/assistant", {**contents_of(run_folder), "step-00000030/setup.py": b"import os"})
-    done = hub_download.download(selection("owner/assistant"), tmp_path / "a")
+    done = download.download(selection("owner/assistant"), tmp_path / "a")
     assert checkpoint.load(done.path).step == 30
     assert not (tmp_path / "a/step-00000030/setup.py").exists()
 
@@ -450,7 +451,7 @@ def test_the_token_goes_to_the_hub_and_not_to_where_its_files_are(there: Hub, tm
     with hub_server.Running() as cdn:
         cdn.lfs = there.lfs
         there.cdn = cdn.url.replace("127.0.0.1", "localhost")
-        hub_download.download(selection(), tmp_path / "m")
+        download.download(selection(), tmp_path / "m")
         huggingface_hub.close_session()
     assert {request.token for request in there.requests} == {TOKEN}
     assert [request.token for request in cdn.requests] == [None, None, None][: len(cdn.requests)]
@@ -462,7 +463,7 @@ def test_a_hub_that_says_nothing_is_not_waited_for(
 ):
     there.add("owner/model", HF)
     there.stall = 0.3
-    monkeypatch.setattr(hub, "ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(remote, "ANSWER_TIMEOUT", 0.1)
     said = refusal(capsys, "download", "owner/model", "--out", tmp_path / "m")
     assert "the hub could not be reached: " in said
     assert "failed with ReadTimeout" in said
@@ -533,12 +534,12 @@ def test_a_full_disk_is_said_before_and_while_it_fills(
 ):
     there.add("owner/model", HF)
     with monkeypatch.context() as patch:
-        patch.setattr(hub_download.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+        patch.setattr(download.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
         said = refusal(capsys, "download", "owner/model", "--out", tmp_path / "m")
         assert f"disk full: owner/model needs 1.5 MB more in {tmp_path}, 1.0 MB are free" in said
     assert there.fetched() == []
     with monkeypatch.context() as patch:
-        patch.setattr(hub_download._Announced, "write", _no_space)
+        patch.setattr(download._Announced, "write", _no_space)
         said = refusal(capsys, "download", "owner/model", "--out", tmp_path / "m")
         assert said == "the disk is full; what has arrived of owner/model is kept, so free some space and start again"
     with monkeypatch.context() as patch:
@@ -594,29 +595,26 @@ def test_the_newest_step_goes_up_without_training_state_and_comes_back(
 
 
 def test_the_best_or_every_step_and_training_state_go_up_when_asked(there: Hub, run_folder: Path):
-    hub_upload.upload(hub_upload.plan(run_folder, steps="best"), "owner/best")
+    upload.upload(upload.plan(run_folder, steps="best"), "owner/best")
     assert "step-00000020/manifest.json" in there.files("owner/best")
-    everything = hub_upload.plan(run_folder, steps="all", train=True)
-    hub_upload.upload(everything, "owner/all", public=True)
+    everything = upload.plan(run_folder, steps="all", train=True)
+    upload.upload(everything, "owner/all", public=True)
     assert not there.repos["owner/all"].private
     sent = {name: content for name, content in contents_of(run_folder).items() if name != "log.jsonl"}
     assert {n: c for n, c in there.files("owner/all").items() if n != ".gitattributes"} == sent
-    assert (
-        hub_upload.plan(run_folder / "step-00000020").files.keys()
-        == hub_upload.plan(run_folder, steps="best").files.keys()
-    )
+    assert upload.plan(run_folder / "step-00000020").files.keys() == upload.plan(run_folder, steps="best").files.keys()
 
 
 def test_large_files_are_not_sent_twice_and_no_part_of_a_step_shows(there: Hub, run_folder: Path):
-    plan = hub_upload.plan(run_folder)
+    plan = upload.plan(run_folder)
     there.status_of_commits = 500
     with pytest.raises(InputError, match="answered 500 for owner/assistant; start again later"):
-        hub_upload.upload(plan, "owner/assistant")
+        upload.upload(plan, "owner/assistant")
     assert [request for request in there.requests if request.method == "PUT"]
     assert there.files("owner/assistant").keys() == {".gitattributes"}
     there.status_of_commits = 0
     there.requests.clear()
-    again = hub_upload.upload(plan, "owner/assistant")
+    again = upload.upload(plan, "owner/assistant")
     assert [request for request in there.requests if request.method == "PUT"] == []
     assert there.repos["owner/assistant"].branches["main"] == again.commit
 
@@ -625,7 +623,7 @@ def test_a_hugging_face_folder_and_gguf_files_go_up_without_pickles(there: Hub, 
     for name, content in {**HF, "model.gguf": b"GGUF"}.items():
         (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hf" / name).write_bytes(content)
-    done = hub_upload.upload(hub_upload.plan(tmp_path / "hf"), "owner/hf", revision="draft", message="First")
+    done = upload.upload(upload.plan(tmp_path / "hf"), "owner/hf", revision="draft", message="First")
     assert there.files("owner/hf", "draft").keys() == {*TAKEN, "model.gguf", ".gitattributes"}
     assert there.files("owner/hf").keys() == {".gitattributes"}
     assert done.plan.left_out == ["modeling_x.py", "onnx/model.onnx", "pytorch_model.bin"]

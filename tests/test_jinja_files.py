@@ -10,11 +10,11 @@ import small_vocabularies as small
 import transformers
 from jinja_families import CHATML, QWEN2, QWEN3
 
-from jaxgpt import jinja_files, jinja_import
 from jaxgpt.chat import Message, render
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf_tokenizer
-from jaxgpt.jinja_template import JinjaTemplate
+from jaxgpt.jinja import template_files, template_import
+from jaxgpt.jinja.template import JinjaTemplate
 from jaxgpt.tokenizer import Tokenizer
 
 TOKENS = {"bos_token": {"content": "<|im_start|>", "lstrip": False}, "eos_token": "<|im_end|>", "pad_token": None}
@@ -84,16 +84,16 @@ def test_variables_come_from_either_file(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "</s>", "unk_token": None, "extra_special_tokens": {"image_token": "<image>"}})
     )
-    found = jinja_files.find(tmp_path)
+    found = template_files.find(tmp_path)
     assert found
     expected = {"bos_token": "<|im_start|>", "eos_token": "</s>", "cls_token": "[CLS]", "image_token": "<image>"}
     assert found.variables == expected
 
 
 def test_a_folder_without_templates_has_none(tmp_path: Path):
-    assert jinja_files.find(tmp_path) is None
+    assert template_files.find(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert jinja_files.find(tmp_path) is None
+    assert template_files.find(tmp_path) is None
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
@@ -118,7 +118,7 @@ def test_files_that_are_no_templates_are_refused_in_one_line(case: str, tmp_path
     name, content, told = BAD[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=told) as error:
-        jinja_files.find(tmp_path)
+        template_files.find(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -127,7 +127,7 @@ def test_a_folder_is_not_searched_for_ever(tmp_path: Path):
     for number in range(40):
         (tmp_path / f"additional_chat_templates/{number}.jinja").write_text("x")
     with pytest.raises(InputError, match="or more than 32"):
-        jinja_files.find(tmp_path)
+        template_files.find(tmp_path)
 
 
 def test_a_name_is_no_way_out_of_the_folder(tmp_path: Path):
@@ -176,7 +176,7 @@ def test_a_template_without_use_is_left_out_with_a_notice(source: str, told: str
 def test_templates_of_which_none_is_the_default_are_left_out_with_a_notice(tmp_path: Path):
     notices: list[str] = []
     folder = folder_with(tmp_path, {"chat_template": [{"name": "rag", "template": "x"}]}, {})
-    assert jinja_import.read_from(folder, read_tokenizer(folder), notices) is None
+    assert template_import.read_from(folder, read_tokenizer(folder), notices) is None
     assert notices == ["no chat template imported: none is named default, but rag"]
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt import jinja_process
 from jaxgpt.errors import InputError
-from jaxgpt.jinja_process import Failure, Rendering, one_line, render
+from jaxgpt.jinja import process
+from jaxgpt.jinja.process import Failure, Rendering, one_line, render
 
 ASKED = [Rendering([{"role": "user", "content": "hi"}])]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -32,7 +32,7 @@ def outcome(source: str) -> str:
 
 def child() -> subprocess.Popen[bytes]:
     outcome("")
-    return jinja_process._CHILDREN._of[os.getpid()]  # pyright: ignore[reportPrivateUsage]
+    return process._CHILDREN._of[os.getpid()]  # pyright: ignore[reportPrivateUsage]
 
 
 def status(pid: int, key: str) -> int:
@@ -223,12 +223,12 @@ def test_the_process_can_open_nothing_and_is_small():
 
 PARENT = """
 import os, sys, threading, time
-from jaxgpt import jinja_process
-asked = [jinja_process.Rendering([{"role": "user", "content": "hi"}])]
-jinja_process.render("ok", {}, asked)
-print(next(iter(jinja_process._CHILDREN._of.values())).pid, flush=True)
+from jaxgpt.jinja import process
+asked = [process.Rendering([{"role": "user", "content": "hi"}])]
+process.render("ok", {}, asked)
+print(next(iter(process._CHILDREN._of.values())).pid, flush=True)
 if sys.argv[1] == "spin":
-    threading.Thread(target=lambda: jinja_process.render(sys.argv[2], {}, asked), daemon=True).start()
+    threading.Thread(target=lambda: process.render(sys.argv[2], {}, asked), daemon=True).start()
     time.sleep(0.3)
 print("ready", flush=True)
 if sys.argv[1] != "end":
@@ -261,7 +261,7 @@ def _runs(pid: int) -> bool:
 def test_a_fork_asks_a_process_of_its_own():
     code = (
         "import os\n"
-        "from jaxgpt import jinja_process as p\n"
+        "from jaxgpt.jinja import process as p\n"
         "asked = [p.Rendering([{'role': 'user', 'content': 'hi'}])]\n"
         "p.render('x', {}, asked)\n"
         "fork = os.fork()\n"
@@ -275,7 +275,7 @@ def test_a_fork_asks_a_process_of_its_own():
 
 def test_an_ended_process_leaves_no_warning():
     code = (
-        "from jaxgpt import jinja_process as p\n"
+        "from jaxgpt.jinja import process as p\n"
         "print(p.render('ok', {}, [p.Rendering([{'role': 'user', 'content': 'hi'}])]))\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)

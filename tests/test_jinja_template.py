@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja_families import BOS, CHATML, EOS, FAMILIES, LLAMA3, MISTRAL_LAST, QWEN2, QWEN3, SPECIALS, VICUNA
 
-from jaxgpt import chat, jinja_import, jinja_process
+from jaxgpt import chat
 from jaxgpt.chat import Marker, Message, Template, Turn, TurnTemplate, closing, following, opened, render
 from jaxgpt.data.episodes import check_mask, read_episodes, trained_runs
 from jaxgpt.errors import InputError
-from jaxgpt.jinja_files import FoundTemplate
-from jaxgpt.jinja_layout import sentinel
-from jaxgpt.jinja_process import Failure, Rendering
-from jaxgpt.jinja_template import JinjaTemplate
+from jaxgpt.jinja import process, template_import
+from jaxgpt.jinja.layout import sentinel
+from jaxgpt.jinja.process import Failure, Rendering
+from jaxgpt.jinja.template import JinjaTemplate
+from jaxgpt.jinja.template_files import FoundTemplate
 from jaxgpt.tokenizer import END, Tokenizer
 
 VARIABLES = {"bos_token": BOS, "eos_token": EOS}
@@ -41,7 +42,7 @@ def tokenizer() -> Tokenizer:
 def made(source: str, notices: list[str] | None = None) -> JinjaTemplate:
     notices = [] if notices is None else notices
     found = FoundTemplate({"default": source}, "config", VARIABLES)
-    template = jinja_import.examined(found, tokenizer(), notices)
+    template = template_import.examined(found, tokenizer(), notices)
     assert template, notices
     return template
 
@@ -108,7 +109,7 @@ def test_texts_and_refusals_are_those_of_transformers(name: str):
     source = random.Random(name)
     drawn = [(conversation(source), source.random() < 0.5) for _ in range(40)]
     asked = [Rendering(told, prompt) for told, prompt in drawn]
-    texts = jinja_process.render(FAMILIES[name], VARIABLES, asked)
+    texts = process.render(FAMILIES[name], VARIABLES, asked)
     ours = [None if isinstance(text, Failure) else text for text in texts]
     theirs = [by_transformers(FAMILIES[name], told, prompt) for told, prompt in drawn]
     assert ours == theirs
@@ -395,7 +396,7 @@ def test_a_system_message_waits_for_the_question_it_belongs_to():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_template_survives_json(name: str, monkeypatch: pytest.MonkeyPatch):
     template = family(name).as_trained()
-    monkeypatch.setattr(jinja_process, "render", None)  # nothing is rendered to load one
+    monkeypatch.setattr(process, "render", None)  # nothing is rendered to load one
     assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template
 
 

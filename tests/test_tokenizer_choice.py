@@ -13,7 +13,7 @@ from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer_choice import chosen
-from jaxgpt.vocabulary import gpt2_files
+from jaxgpt.vocabularies.kinds import gpt2_files
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import small_vocabularies as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import bpe, split_rules, tokenizer_probe, vocabulary_files
 from jaxgpt.chat import CHATML
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.vocabulary import gpt2_files
+from jaxgpt.vocabularies import bpe, split_rules, tokenizer_probe, vocabulary_files
+from jaxgpt.vocabularies.kinds import gpt2_files
 
 RULES = tuple(split_rules.RULES)
 CLASS = {"gpt-2": "GPT2Tokenizer", "qwen2": "Qwen2TokenizerFast", "llama-bpe": "LlamaTokenizerFast"}

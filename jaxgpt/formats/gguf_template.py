@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from jaxgpt.chat import Marker, Piece, Template, Turn, TurnTemplate
-from jaxgpt.jinja_template import JinjaTemplate
+from jaxgpt.jinja.template import JinjaTemplate
 from jaxgpt.tokenizer import END_OF_TEXT
-from jaxgpt.vocabulary import END_OF_TEXT as END_OF_TEXT_STRING
+from jaxgpt.vocabularies.kinds import END_OF_TEXT as END_OF_TEXT_STRING
 
 
 def jinja(template: Template) -> str:

@@ -8,15 +8,15 @@ token, all others fall back to their bytes, as here.
 import json
 from collections.abc import Sequence
 
-from jaxgpt.bpe import ByteLevelEncoder
-from jaxgpt.byte_alphabet import spelled
 from jaxgpt.chat import Template
 from jaxgpt.errors import first
 from jaxgpt.formats import gguf_template
 from jaxgpt.formats.gguf_metadata import Metadata
-from jaxgpt.jinja_template import JinjaTemplate
-from jaxgpt.split_rules import RULES
+from jaxgpt.jinja.template import JinjaTemplate
 from jaxgpt.tokenizer import END_OF_TEXT, Tokenizer
+from jaxgpt.vocabularies.bpe import ByteLevelEncoder
+from jaxgpt.vocabularies.byte_alphabet import spelled
+from jaxgpt.vocabularies.split_rules import RULES
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """llama.cpp's types of token (`llama_token_type`)."""

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import jinja_files, jinja_import, split_rules, vocabulary_files
-from jaxgpt.bpe import BpeEncoder, ByteLevelEncoder
-from jaxgpt.byte_alphabet import spelled
 from jaxgpt.chat import TEMPLATES, Template
 from jaxgpt.errors import InputError
-from jaxgpt.jinja_template import JinjaTemplate
+from jaxgpt.jinja import template_files, template_import
+from jaxgpt.jinja.template import JinjaTemplate
 from jaxgpt.tokenizer import END_OF_TEXT, PAD, Special, Tokenizer
-from jaxgpt.vocabulary import CharEncoder, Encoder, gpt2_files, kind_named
-from jaxgpt.vocabulary_files import ADDED, JSON, MERGES, SETTINGS, SPECIAL_MAP, VOCABULARY, NotByteLevel
+from jaxgpt.vocabularies import split_rules, vocabulary_files
+from jaxgpt.vocabularies.bpe import BpeEncoder, ByteLevelEncoder
+from jaxgpt.vocabularies.byte_alphabet import spelled
+from jaxgpt.vocabularies.kinds import CharEncoder, Encoder, gpt2_files, kind_named
+from jaxgpt.vocabularies.vocabulary_files import ADDED, JSON, MERGES, SETTINGS, SPECIAL_MAP, VOCABULARY, NotByteLevel
 
 IDS = "prompts must be token ids"
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -49,7 +50,7 @@ def read(
         return None, None
     tokenizer, template = _tokenizer(folder, model_vocab_size, notices, eos_ids)
     if tokenizer is not None and template is None:
-        template = jinja_import.read_from(folder, tokenizer, notices)
+        template = template_import.read_from(folder, tokenizer, notices)
     return tokenizer, template
 
 
@@ -161,7 +162,7 @@ def write(tokenizer: Tokenizer, template: Template | None, folder: Path, context
     settings = json.loads(tokenizer.files.get(SETTINGS, "null")) or _settings(tokenizer, context)
     settings.pop("chat_template", None)
     if isinstance(template, JinjaTemplate):
-        settings |= jinja_files.write(template, folder)
+        settings |= template_files.write(template, folder)
     (folder / SETTINGS).write_text(_pretty(settings), "utf-8")
     return []
 

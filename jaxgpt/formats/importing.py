@@ -19,7 +19,7 @@ from jaxgpt.errors import InputError, first
 from jaxgpt.formats import hf, pt_model
 from jaxgpt.formats.hf import HFModel
 from jaxgpt.tokenizer import END_OF_TEXT, ROW_MULTIPLE, Tokenizer
-from jaxgpt.vocabulary import Gpt2Encoder
+from jaxgpt.vocabularies.kinds import Gpt2Encoder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -12,17 +12,17 @@ from jaxgpt.settings import HubDownloadSettings, HubListSettings, HubUploadSetti
 from jaxgpt.verbs.output import Output, waiting
 
 if TYPE_CHECKING:
-    from jaxgpt.hub_download import Downloaded, Selection
-    from jaxgpt.hub_upload import Plan
+    from jaxgpt.hub.download import Downloaded, Selection
+    from jaxgpt.hub.upload import Plan
 
 
 def list_(settings: HubListSettings, output: Output) -> int:
     """The models of users or organisations."""
-    from jaxgpt import hub
+    from jaxgpt.hub import remote
 
     for group in settings.groups:
-        with waiting(f"asking {hub.endpoint()}"):
-            models = hub.models(group)
+        with waiting(f"asking {remote.endpoint()}"):
+            models = remote.models(group)
         for model in models:
             marks = [mark for mark, holds in (("private", model.private), ("gated", model.gated)) if holds]
             output.say("  ".join([f"{model.name:<40}", model.modified, *marks]).rstrip())
@@ -36,16 +36,16 @@ def list_(settings: HubListSettings, output: Output) -> int:
 
 def download(settings: HubDownloadSettings, output: Output) -> int:
     """Models of the hub as folders."""
-    from jaxgpt import hub, hub_download
+    from jaxgpt.hub import download, remote
 
-    with waiting(f"asking {hub.endpoint()}"):
+    with waiting(f"asking {remote.endpoint()}"):
         names = list(settings.names)
         if settings.all:
-            names = [model.name for group in settings.names for model in hub.models(group)]
+            names = [model.name for group in settings.names for model in remote.models(group)]
         targets = _targets(names, settings)
         selections = [
-            hub_download.select(
-                hub.snapshot(name, settings.revision), include=settings.include, every_step=settings.steps == "all"
+            download.select(
+                remote.snapshot(name, settings.revision), include=settings.include, every_step=settings.steps == "all"
             )
             for name in targets
         ]
@@ -55,7 +55,7 @@ def download(settings: HubDownloadSettings, output: Output) -> int:
             continue
         out = targets[selection.snapshot.name]
         with _bar(selection.snapshot.name) as progress:
-            done = hub_download.download(selection, out, progress=progress)
+            done = download.download(selection, out, progress=progress)
         _say_downloaded(done, out, output)
     return 0
 
@@ -129,20 +129,20 @@ def _say_left_out(names: list[str], what: str, output: Output) -> None:
 
 def upload(settings: HubUploadSettings, output: Output) -> int:
     """Folders as models of the hub."""
-    from jaxgpt import hub_upload
+    from jaxgpt.hub import upload
 
     with waiting("comparing with the manifests"):
         if settings.all:
-            found = hub_upload.plans(settings.directory, steps=settings.steps, train=settings.train)
+            found = upload.plans(settings.directory, steps=settings.steps, train=settings.train)
             plans = {f"{settings.name}/{folder}": plan for folder, plan in found.items()}
         else:
-            plans = {settings.name: hub_upload.plan(settings.directory, steps=settings.steps, train=settings.train)}
+            plans = {settings.name: upload.plan(settings.directory, steps=settings.steps, train=settings.train)}
     for name, plan in plans.items():
         if settings.list:
             _show_plan(name, plan, output)
             continue
         with _sending(name):
-            done = hub_upload.upload(
+            done = upload.upload(
                 plan, name, revision=settings.revision, public=settings.public, message=settings.message
             )
         _say_uploaded(name, plan, {"commit": done.commit, "url": done.url}, output)
@@ -177,13 +177,13 @@ def _amount(plan: "Plan") -> str:
 @contextmanager
 def _sending(name: str) -> Generator[None]:
     """On a terminal the package's own bars, of each file that goes up."""
-    from jaxgpt import hub
+    from jaxgpt.hub import remote
 
-    hub.package()
+    remote.package()
     if sys.stderr.isatty():
         yield
     else:
-        hub.no_bars()
+        remote.no_bars()
         yield
 
 

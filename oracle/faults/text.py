@@ -14,7 +14,7 @@ import tiktoken
 
 from jaxgpt.chat import Message, Rendered, Turn, TurnTemplate
 from jaxgpt.tokenizer import END, END_OF_TEXT, Special
-from jaxgpt.vocabulary import kind_named
+from jaxgpt.vocabularies.kinds import kind_named
 from oracle.candidate import Candidate
 from oracle.faults.fault import Plant
 from oracle.text import Text, render

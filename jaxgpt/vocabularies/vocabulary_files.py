@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxgpt import bpe, split_rules, tokenizer_probe
-from jaxgpt.bpe import BpeEncoder, ByteLevelEncoder, HexEncoder, HfEncoder
 from jaxgpt.errors import InputError, first
 from jaxgpt.special_tokens import END, END_OF_TEXT, PAD
-from jaxgpt.vocabulary import kind_named
+from jaxgpt.vocabularies import bpe, split_rules, tokenizer_probe
+from jaxgpt.vocabularies.bpe import BpeEncoder, ByteLevelEncoder, HexEncoder, HfEncoder
+from jaxgpt.vocabularies.kinds import kind_named
 
 JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SETTINGS, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

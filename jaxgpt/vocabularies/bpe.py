@@ -11,10 +11,10 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt import split_rules
-from jaxgpt.byte_alphabet import CHARACTERS, spelled, unspelled
 from jaxgpt.errors import InputError, first
-from jaxgpt.vocabulary import Encoder, Merges, exact_keys, read_merges
+from jaxgpt.vocabularies import split_rules
+from jaxgpt.vocabularies.byte_alphabet import CHARACTERS, spelled, unspelled
+from jaxgpt.vocabularies.kinds import Encoder, Merges, exact_keys, read_merges
 
 if TYPE_CHECKING:
     import tokenizers

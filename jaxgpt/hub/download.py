@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from jaxgpt import hub, manifest, step_folder
+from jaxgpt import manifest, step_folder
 from jaxgpt.array_files import in_bytes
 from jaxgpt.errors import InputError, first
-from jaxgpt.hub import RemoteFile, Snapshot
+from jaxgpt.hub import remote
+from jaxgpt.hub.remote import RemoteFile, Snapshot
 from jaxgpt.run_lock import RunLock
 
 RECORD = "hub.json"
@@ -88,7 +89,7 @@ def select(snapshot: Snapshot, *, include: Iterable[str] = (), every_step: bool 
                 f"{snapshot.name} holds neither a checkpoint of jaxgpt (step-00000120/{manifest.MANIFEST}) nor a "
                 f"Hugging Face model (config.json), but {_some(snapshot)}; --include PATTERN fetches other files"
             )
-        wanted = {name for name in snapshot.files if hub.is_hf_file(name)} | asked
+        wanted = {name for name in snapshot.files if remote.is_hf_file(name)} | asked
         if "model.safetensors" in wanted:
             wanted -= {name for name in wanted - asked if name.startswith("model") and name != "model.safetensors"}
         if not asked and not any(name.endswith(".safetensors") for name in wanted):
@@ -112,7 +113,7 @@ def _matching(snapshot: Snapshot, pattern: str) -> list[str]:
     found = fnmatch.filter(snapshot.files, pattern)
     if not found:
         raise InputError(f"--include {pattern}: no file of {snapshot.name} matches; it has {_some(snapshot)}")
-    data = [name for name in found if os.path.splitext(name)[1].lower() not in hub.CODE]
+    data = [name for name in found if os.path.splitext(name)[1].lower() not in remote.CODE]
     if not data:
         raise InputError(f"--include {pattern}: {first(found)} is code, which is never downloaded; read it on the hub")
     return data
@@ -148,8 +149,8 @@ def download(selection: Selection, out: str | Path, *, progress: Progress | None
     try:
         return Downloaded(selection, out, _download(selection, out, progress))
     except OSError as error:
-        if error.errno in hub.FULL:
-            raise InputError(hub.DISK_FULL.format(selection.snapshot.name)) from None
+        if error.errno in remote.FULL:
+            raise InputError(remote.DISK_FULL.format(selection.snapshot.name)) from None
         raise
 
 
@@ -219,8 +220,8 @@ class _Transfer:
         self._lock = threading.Lock()
         self._here: dict[str, int] = {}
         """Bytes of each file that are on disk."""
-        hub.package()
-        hub.no_bars()
+        remote.package()
+        remote.no_bars()
 
     def run(self, files: Mapping[str, RemoteFile]) -> None:
         """Fetch what is not there yet; raises as `download`."""
@@ -264,8 +265,8 @@ class _Transfer:
         part.parent.mkdir(parents=True, exist_ok=True)
         if _size(part) > file.size:
             part.unlink()
-        url = hub.url_of(self.snapshot, file)
-        with hub.answers(self.snapshot.name), part.open("ab") as raw:
+        url = remote.url_of(self.snapshot, file)
+        with remote.answers(self.snapshot.name), part.open("ab") as raw:
             begin = raw.tell()
             self._advance(file, begin)
             target: Any = _Announced(raw, file, self)
@@ -275,7 +276,7 @@ class _Transfer:
         if not file.matches(part):
             part.unlink()
             raise InputError(
-                f"{file.name} of {self.snapshot.name} arrived with other bytes than {hub.endpoint()} announced; "
+                f"{file.name} of {self.snapshot.name} arrived with other bytes than {remote.endpoint()} announced; "
                 "it was thrown away, start again to fetch it anew"
             )
         manifest.sync(part)
@@ -309,7 +310,7 @@ class _Announced:
         if here > self._file.size:
             raise InputError(
                 f"{self._file.name} of {self._transfer.snapshot.name} has more bytes than the {self._file.size:,} that "
-                f"{hub.endpoint()} announced; stopped"
+                f"{remote.endpoint()} announced; stopped"
             )
         written = self._raw.write(block)
         # What is killed now is resumed here.
@@ -363,7 +364,7 @@ def _damaged(selection: Selection, partial: Path, step: str, error: InputError) 
     """The bytes are the hub's, so fetching them again is of no use."""
     shutil.rmtree(partial, ignore_errors=True)
     name = selection.snapshot.name
-    return InputError(f"{name} is damaged at {hub.endpoint()}: {step}: {error}; nothing was kept, tell its owner")
+    return InputError(f"{name} is damaged at {remote.endpoint()}: {step}: {error}; nothing was kept, tell its owner")
 
 
 def _remove_others(partial: Path, files: Mapping[str, RemoteFile]) -> None:
@@ -379,7 +380,7 @@ def _remove_others(partial: Path, files: Mapping[str, RemoteFile]) -> None:
 def _record(selection: Selection, files: Mapping[str, RemoteFile], partial: Path) -> None:
     content = {
         "name": selection.snapshot.name,
-        "endpoint": hub.endpoint(),
+        "endpoint": remote.endpoint(),
         "commit": selection.snapshot.commit,
         "files": {name: file.digest for name, file in sorted(files.items())},
     }

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxgpt import hub, manifest, step_folder
+from jaxgpt import manifest, step_folder
 from jaxgpt.errors import InputError, first
+from jaxgpt.hub import remote
 
 Steps = Literal["newest", "best", "all"]
 
@@ -58,7 +59,7 @@ def plan(directory: str | Path, *, steps: Steps = "newest", train: bool = False)
     if not folder.is_dir():
         raise InputError(f"{directory} is no folder; give a run folder or a Hugging Face folder")
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    wanted = [name for name in names if hub.is_hf_file(name) or ("/" not in name and name.endswith(".gguf"))]
+    wanted = [name for name in names if remote.is_hf_file(name) or ("/" not in name and name.endswith(".gguf"))]
     if not any(name == "config.json" or name.endswith(".gguf") for name in wanted):
         raise InputError(f"{directory} holds no model: no step such as step-00000120, no config.json and no .gguf file")
     left_out = sorted(name for name in set(names) - set(wanted) if not name.startswith("."))
@@ -125,13 +126,13 @@ def upload(plan: Plan, name: str, *, revision: str = "", public: bool = False, m
         InputError: no token, a name without owner, the hub cannot be asked or refuses, or
             lists other bytes than were sent.
     """
-    hub.check_name(name)
+    remote.check_name(name)
     if "/" not in name:
         raise InputError(f"{name} names no owner; give OWNER/{name}")
-    if hub.token() is None:
+    if remote.token() is None:
         raise InputError(f"uploading needs a token that may write to {name}: set HF_TOKEN")
-    client = hub.api()
-    with hub.answers(name, revision):
+    client = remote.api()
+    with remote.answers(name, revision):
         client.create_repo(name, private=not public, exist_ok=True)
         if revision:
             client.create_branch(name, branch=revision, exist_ok=True)
@@ -141,18 +142,18 @@ def upload(plan: Plan, name: str, *, revision: str = "", public: bool = False, m
             commit_message=message or f"Upload {plan.folder.name}",
             revision=revision or None,
         )
-    _compare(plan, hub.snapshot(name, done.oid))
-    return Uploaded(plan, name, done.oid, f"{hub.endpoint()}/{name}")
+    _compare(plan, remote.snapshot(name, done.oid))
+    return Uploaded(plan, name, done.oid, f"{remote.endpoint()}/{name}")
 
 
 def _additions(plan: Plan) -> Iterator[Any]:
-    package = hub.package()
+    package = remote.package()
     for target, source in plan.files.items():
         content = source if isinstance(source, bytes) else str(source)
         yield package.CommitOperationAdd(path_in_repo=target, path_or_fileobj=content)
 
 
-def _compare(plan: Plan, found: hub.Snapshot) -> None:
+def _compare(plan: Plan, found: remote.Snapshot) -> None:
     missing = sorted(plan.files.keys() - found.files.keys())
     if missing:
         raise InputError(

@@ -1,7 +1,7 @@
 """Chat templates imported with a model: programs in Jinja, as other systems store them.
 
 Such a template renders a conversation to one string. Here its own text and the contents
-of messages are told apart (`jaxgpt.jinja_layout`), so that contents are encoded as
+of messages are told apart (`jaxgpt.jinja.layout`), so that contents are encoded as
 ordinary text and only what the template itself writes can become a special token.
 The loss mask comes from the same places, and is proved for every conversation.
 
@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from jaxgpt import jinja_process
 from jaxgpt.chat import Message, Rendered, Template
 from jaxgpt.errors import InputError
-from jaxgpt.jinja_layout import Segment, cut, joined, message_names, missing, place_of, text_after, with_sentinels
-from jaxgpt.jinja_process import Failure, Rendering
+from jaxgpt.jinja import process
+from jaxgpt.jinja.layout import Segment, cut, joined, message_names, missing, place_of, text_after, with_sentinels
+from jaxgpt.jinja.process import Failure, Rendering
 from jaxgpt.tokenizer import END_OF_TEXT, Tokenizer
-from jaxgpt.vocabulary import exact_keys
+from jaxgpt.vocabularies.kinds import exact_keys
 
 Trim = Literal["both", "left", "right"]
 Placed = Literal["config", "config list", "files"]
@@ -120,7 +120,7 @@ class JinjaTemplate(Template):
     def _texts(self, renderings: Sequence[Rendering]) -> list[str]:
         texts: list[str] = []
         for begin in range(0, len(renderings), AT_ONCE):
-            for answer in jinja_process.render(self.source, self.variables, renderings[begin : begin + AT_ONCE]):
+            for answer in process.render(self.source, self.variables, renderings[begin : begin + AT_ONCE]):
                 if isinstance(answer, Failure):
                     raise InputError(str(answer))
                 texts.append(answer)
@@ -148,7 +148,7 @@ class JinjaTemplate(Template):
         marked = with_sentinels(messages)
         sentinels = [message["content"] for message in marked]
         alone = [Rendering([*marked[:i], messages[i], *marked[i + 1 :]]) for i in range(min(len(messages), AT_ONCE))]
-        for i, text in enumerate(jinja_process.render(self.source, self.variables, alone)):
+        for i, text in enumerate(process.render(self.source, self.variables, alone)):
             if text != joined(layout, [*sentinels[:i], said[i], *sentinels[i + 1 :]]):
                 return f"chat template changes the content of {message_names(messages, [i])}, or depends on it"
         return "chat template changes contents, or depends on them"

@@ -1,4 +1,4 @@
-"""Rendering imported chat templates in a child process; the sole user of `jinja_child`.
+"""Rendering imported chat templates in a child process; the sole user of `child`.
 
 One child serves all threads and templates of a process. It is started when first
 needed, started anew after a template had to be stopped, and ends with its parent.
@@ -45,7 +45,7 @@ class Failure:
     """Why a rendering came to nothing."""
 
     kind: str
-    """A key of `jinja_process._MEANING`; only `refused` and `failed` can depend on the conversation."""
+    """A key of `_MEANING`; only `refused` and `failed` can depend on the conversation."""
     detail: str
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def _started() -> subprocess.Popen[bytes]:
     places = [str(Path(_origin(name)).parent.parent) for name in ("jinja2", "markupsafe")]
     return subprocess.Popen(
         # Isolated and without site: quick to start, and nothing of this environment is loaded.
-        [sys.executable, "-I", "-S", str(Path(__file__).with_name("jinja_child.py")), *places],
+        [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py")), *places],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.byte_alphabet import unspelled
 from jaxgpt.errors import InputError, first
+from jaxgpt.vocabularies.byte_alphabet import unspelled
 
 if TYPE_CHECKING:
     import tiktoken
@@ -171,11 +171,11 @@ class CharEncoder(Encoder):
 
 
 KINDS: dict[str, str] = {
-    "gpt2": "jaxgpt.vocabulary.Gpt2Encoder",
-    "char": "jaxgpt.vocabulary.CharEncoder",
-    "hf": "jaxgpt.bpe.HfEncoder",
-    "bpe": "jaxgpt.bpe.BpeEncoder",
-    "hex": "jaxgpt.bpe.HexEncoder",
+    "gpt2": "jaxgpt.vocabularies.kinds.Gpt2Encoder",
+    "char": "jaxgpt.vocabularies.kinds.CharEncoder",
+    "hf": "jaxgpt.vocabularies.bpe.HfEncoder",
+    "bpe": "jaxgpt.vocabularies.bpe.BpeEncoder",
+    "hex": "jaxgpt.vocabularies.bpe.HexEncoder",
 }
 """Class of each kind, by name: those that are read from files load nothing until they are used."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.errors import InputError
-from jaxgpt.jinja_template import DEFAULT, JinjaTemplate, Placed
+from jaxgpt.jinja.template import DEFAULT, JinjaTemplate, Placed
 
 FILE, FOLDER, SUFFIX = "chat_template.jinja", "additional_chat_templates", ".jinja"
 CONFIG, SPECIALS_MAP = "tokenizer_config.json", "special_tokens_map.json"

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxgpt import jinja_files, jinja_process
 from jaxgpt.chat import Message
 from jaxgpt.errors import InputError, first
-from jaxgpt.jinja_files import FoundTemplate
-from jaxgpt.jinja_layout import Segment, cut, joined, missing, sentinel, text_after, with_sentinels
-from jaxgpt.jinja_process import Failure, Rendering
-from jaxgpt.jinja_template import DEFAULT, JinjaTemplate, Trim, trimmed
+from jaxgpt.jinja import process, template_files
+from jaxgpt.jinja.layout import Segment, cut, joined, missing, sentinel, text_after, with_sentinels
+from jaxgpt.jinja.process import Failure, Rendering
+from jaxgpt.jinja.template import DEFAULT, JinjaTemplate, Trim, trimmed
+from jaxgpt.jinja.template_files import FoundTemplate
 from jaxgpt.tokenizer import Tokenizer
 
 Layout = list[Segment]
@@ -43,7 +43,7 @@ def read_from(folder: str | Path, tokenizer: Tokenizer, notices: list[str]) -> J
     """The chat template of a Hugging Face folder, None where there is none that renders a question.
 
     Args:
-        folder: see `jinja_files.find`.
+        folder: see `template_files.find`.
         tokenizer: the folder's, with its special tokens.
         notices: lines the caller should print are added.
 
@@ -51,7 +51,7 @@ def read_from(folder: str | Path, tokenizer: Tokenizer, notices: list[str]) -> J
         InputError: unreadable files; a template that is no Jinja, does not finish in a second, needs too much
             memory or reaches for what is forbidden.
     """
-    found = jinja_files.find(Path(folder))
+    found = template_files.find(Path(folder))
     return None if found is None else examined(found, tokenizer, notices)
 
 
@@ -108,7 +108,7 @@ def _of(roles: Sequence[str]) -> list[Message]:
 def _answers(found: FoundTemplate, asked: Mapping[str, list[Message]]) -> list[tuple[str, str | Failure]]:
     """Texts by name; the prompt of a reply is added where the assistant did not speak last."""
     renderings = [Rendering(messages, messages[-1]["role"] != "assistant") for messages in asked.values()]
-    answers = jinja_process.render(found.sources[DEFAULT], found.variables, renderings)
+    answers = process.render(found.sources[DEFAULT], found.variables, renderings)
     for answer in answers:
         if isinstance(answer, Failure) and answer.harmful:
             raise InputError(f"{answer}; repair or remove it")
@@ -162,7 +162,7 @@ def _changed(template: JinjaTemplate, layouts: Mapping[str, Layout]) -> list[str
     cases = [(what, i) for what in ODD for i in range(len(marked))]
     told = [[*marked[:i], _with(marked[i], ODD[what]), *marked[i + 1 :]] for what, i in cases]
     renderings = [Rendering(messages, name == QUESTION) for messages in told]
-    answers = jinja_process.render(template.source, template.variables, renderings)
+    answers = process.render(template.source, template.variables, renderings)
     expected = [joined(layouts[name], [template.said(message) for message in messages]) for messages in told]
     return [
         f"{what} of the {marked[i]['role']}"
