@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,10 @@ class Saving:
     def __init__(self, future: "Future[Path]"):
         self._future = future
 
+    def ended(self, *, within: float) -> bool:
+        """Whether the step counts or failed, after waiting for it so many seconds at most."""
+        return bool(wait([self._future], within).done)
+
     def result(self) -> Path:
         """Wait until the step counts; its folder.
 
@@ -73,7 +77,15 @@ class Saving:
         return self._future.result()
 
 
-def save(directory: str | Path, step: int, contents: Contents, *, keep: int = 2, score: float | None = None) -> Saving:
+def save(
+    directory: str | Path,
+    step: int,
+    contents: Contents,
+    *,
+    keep: int = 2,
+    score: float | None = None,
+    hashed: Callable[[int], None] | None = None,
+) -> Saving:
     """Begin to save a step; arrays may be donated or changed as soon as this returns.
 
     When the step counts, all but the last `keep` and the best are deleted. One save at
@@ -85,6 +97,7 @@ def save(directory: str | Path, step: int, contents: Contents, *, keep: int = 2,
         contents: what to save.
         keep: newest steps to keep, at least 1.
         score: of this step, less is better; None for none.
+        hashed: told, on another thread, the bytes of each file when it was hashed.
 
     Raises:
         CheckpointError: contents that could not be loaded again.
@@ -107,7 +120,7 @@ def save(directory: str | Path, step: int, contents: Contents, *, keep: int = 2,
             written.result()
             for name, text in documents.items():
                 (partial / name).write_text(text, "utf-8")
-            _seal(partial)
+            _seal(partial, hashed)
             path = _acknowledge(partial, directory / f"step-{step:08d}")
         except BaseException as error:
             future.set_exception(_not_saved(directory, step, contents, partial, error))
@@ -146,7 +159,7 @@ def _begin_arrays(partial: Path, contents: Contents) -> Any:
         return ocp.save_checkpointables_async(partial, trees)
 
 
-def _seal(partial: Path) -> None:
+def _seal(partial: Path, hashed: Callable[[int], None] | None) -> None:
     """Hash, after a look whether `load` would take it: another Orbax may store otherwise."""
     sizes = {name: path.stat().st_size for name, path in manifest.files(partial).items()}
     for tree in ("params", "train"):
@@ -154,7 +167,7 @@ def _seal(partial: Path) -> None:
             array_files.headers(partial / tree, _below(tree, sizes))
     # Orbax notes there the path of the partial folder, which means nothing elsewhere.
     (partial / "commit_success.txt").unlink(missing_ok=True)
-    manifest.seal(partial)
+    manifest.seal(partial, hashed)
 
 
 def _acknowledge(partial: Path, final: Path) -> Path:

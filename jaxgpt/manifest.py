@@ -8,7 +8,7 @@ its own list, so that damage to it is not blamed on a file that is whole.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ MANIFEST = "manifest.json"
 VERSION = 1
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, hashed: Callable[[int], None] | None = None) -> None:
     """Hash every file of the folder, write its manifest, and force all of it to disk.
+
+    Args:
+        folder: its files are listed, in whatever folder below it.
+        hashed: told the bytes of each file that was hashed and forced to disk.
 
     Raises:
         InputError: the folder holds something that is neither file nor folder.
@@ -31,6 +35,8 @@ def seal(folder: Path) -> None:
             continue
         listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         sync(path)
+        if hashed is not None:
+            hashed(listed[name]["size"])
     write_synced(folder / MANIFEST, spelled(listed))
     for path, _, _ in os.walk(folder, topdown=False):
         sync(Path(path))

@@ -249,6 +249,20 @@ def test_verify_finds_one_changed_bit(tmp_path: Path, monkeypatch: pytest.Monkey
         importing.import_model(file, tmp_path / "ours", verify=True)
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_progress_is_in_bytes_that_only_grow_and_ends_with_all_of_them(verify: bool, tmp_path: Path):
+    file = nano_file(tmp_path / "ckpt.pt", nano_state(bias=True))
+    told: list[tuple[int, int]] = []
+    importing.import_model(file, tmp_path / "ours", verify=verify, progress=lambda *now: told.append(now))
+    size = sum(array.nbytes for array in checkpoint.load(tmp_path / "ours").params.values())
+    done, totals = [now[0] for now in told], {now[1] for now in told}
+    # Written and hashed; to verify, read from the source and read back as well.
+    assert totals == {size * (4 if verify else 2)}
+    assert done == sorted(done)
+    assert done[-1] == max(totals)
+    assert len(set(done)) > 5
+
+
 # -- Hostile files ---------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ config.json, a PyTorch training script leaves a `.pt` file.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,13 @@ from jaxgpt.checkpoint import Contents
 from jaxgpt.errors import InputError, first
 from jaxgpt.formats import hf, pt_model
 from jaxgpt.formats.hf import HFModel
+from jaxgpt.formats.import_progress import Meter, Progress
 from jaxgpt.tokenizer import END_OF_TEXT, ROW_MULTIPLE, Tokenizer
 from jaxgpt.vocabularies.kinds import Gpt2Encoder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_WRITTEN, _HASHED, _SOURCE_READ, _READ_BACK = "written", "hashed", "source read", "read back"
+"""What happens to every byte, as `Meter` counts it."""
 
 
 def import_model(
@@ -31,6 +35,7 @@ def import_model(
     cast: Dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     verify: bool = False,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Make a checkpoint of a model on disk; lines the caller should print.
 
@@ -40,20 +45,27 @@ def import_model(
         cast: dtype of the weights; by default those of the file's headers.
         overrides: settings that replace those of the file, e.g. `{"n_head": 12}`.
         verify: read every value back and compare its bits with the source's.
+        progress: called with bytes done and bytes in all: each byte of the weights is
+            written, hashed and, to verify, read from the source and from the checkpoint.
 
     Raises:
         InputError: as `read`; OUT exists and is not empty; the disk is full; or a value differs.
     """
     hf.refuse_existing(Path(out))
-    notices = _save(source, out, cast, overrides or {})
-    return [*notices, _verified(source, out, cast, overrides or {})] if verify else notices
+    found = read(source, overrides or {})
+    params = {name: _cast(array, cast) for name, array in found.params.items()}
+    stages = (_WRITTEN, _HASHED, _SOURCE_READ, _READ_BACK) if verify else (_WRITTEN, _HASHED)
+    meter = Meter(progress, sum(array.nbytes for array in params.values()), stages)
+    _save(_contents(source, found, params, cast), Path(out), meter)
+    notices = found.notices
+    del found, params  # before the checkpoint is read: a cast model would be in memory twice
+    return [*notices, _verified(source, out, cast, overrides or {}, meter)] if verify else notices
 
 
-def _save(source: str | Path, out: str | Path, cast: Dtype | None, overrides: Mapping[str, Any]) -> list[str]:
-    found = read(source, overrides)
-    contents = Contents(
+def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarray], cast: Dtype | None) -> Contents:
+    return Contents(
         config=found.config,
-        params={name: _cast(array, cast) for name, array in found.params.items()},
+        params=params,
         stage="base",
         compute_dtype=cast or found.dtype,
         eos_token_ids=found.eos_token_ids,
@@ -65,8 +77,14 @@ def _save(source: str | Path, out: str | Path, cast: Dtype | None, overrides: Ma
             "format": "hf" if Path(source, "config.json").exists() else "pt",
         },
     )
-    checkpoint.save(out, 0, contents).result()
-    return found.notices
+
+
+def _save(contents: Contents, out: Path, meter: Meter) -> None:
+    saving = checkpoint.save(out, 0, contents, hashed=partial(meter.add, _HASHED))
+    meter.watch(_WRITTEN, saving, out)
+    saving.result()
+    meter.end(_WRITTEN)
+    meter.end(_HASHED)
 
 
 def read(source: str | Path, overrides: Mapping[str, Any]) -> HFModel:
@@ -138,7 +156,9 @@ def _cast(array: np.ndarray, dtype: Dtype | None) -> np.ndarray:
     return array.astype(jnp.dtype(dtype))
 
 
-def _verified(source: str | Path, out: str | Path, cast: Dtype | None, overrides: Mapping[str, Any]) -> str:
+def _verified(
+    source: str | Path, out: str | Path, cast: Dtype | None, overrides: Mapping[str, Any], meter: Meter
+) -> str:
     """Compare the checkpoint on disk with the source, read anew, in the source's own layout.
 
     By digests, so that the two are never in memory together.
@@ -146,9 +166,19 @@ def _verified(source: str | Path, out: str | Path, cast: Dtype | None, overrides
     Raises:
         InputError: values differ, naming the tensors; the checkpoint is left, to look at.
     """
-    expected = {name: _digest(_cast(tensor, cast)) for name, tensor in read(source, overrides).tensors.items()}
+
+    def digests(stage: str, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, tuple[Any, ...]]:
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, tensor in tensors:
+            found[name] = _digest(tensor)
+            meter.add(stage, tensor.nbytes)
+        meter.end(stage)
+        return found
+
+    source_tensors = read(source, overrides).tensors
+    expected = digests(_SOURCE_READ, ((name, _cast(tensor, cast)) for name, tensor in source_tensors.items()))
     saved = checkpoint.load(out)
-    found = {name: _digest(tensor) for name, tensor in weights.hf_tensors(saved.config, saved.params)}
+    found = digests(_READ_BACK, weights.hf_tensors(saved.config, saved.params))
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
         raise InputError(f"{out} differs from {source} in {len(wrong)} tensors (first: {first(wrong)}); do not use it")
