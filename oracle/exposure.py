@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from jaxgpt import config
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
-from oracle import probe, text_reference
+from oracle import jinja_reference, probe, text_reference
 from oracle.faults.catalogue import CATALOGUE
 from oracle.faults.fault import TEXT, Fault
 from oracle.results import NOT_REACHED, Report
+from oracle.rungs import ids
 from oracle.text import Text
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ ABSENT = "exists only"
 NO_SOURCE = "no --reference folder to compare the weights with"
 NO_TOKENIZER = "the checkpoint has no tokenizer"
 NO_TEMPLATE = "the checkpoint has no template"
+NO_SOURCE_TEXT = "no --reference folder to compare the tokenizer's rule with"
+UNSEEN_CONTENTS = "the template's output does not show which of it are the contents"
+UNPROVED = "the mask of this template cannot be proved, and training refuses it"
+PACKAGED = ("char", "gpt2")
+"""Kinds of vocabulary whose rule is known without the folder that the weights came from."""
 NEVER_RIGHT = frozenset(
     ("bf16 bits read as fp16", "bytes in another order", "one NaN", "tensor never filled", "tensor of another layer")
 )
@@ -112,10 +118,17 @@ def _configs(comparison: "Comparison") -> list[ModelConfig]:
 
 _TEMPLATE = (
     *("template without separator", "template without line break", "turn not ended", "roles swapped"),
-    *("contents stripped", "system message added", "BOS before the template", "mask of everything"),
-    *("end token not trained", "chat mask off by one", "last reply only"),
+    *("contents stripped", "system message added", "BOS before the template"),
 )
-_BYTE_LEVEL = ("wrong pre-tokenizer regex", "merges missing", "hex or byte-level vocabulary")
+_MASK = (
+    "mask of everything",
+    "end token not trained",
+    "chat mask off by one",
+    "reply's header trained",
+    "last reply only",
+)
+WRONG_RULE = "wrong pre-tokenizer regex"
+_BYTE_LEVEL = (WRONG_RULE, "merges missing", "hex or byte-level vocabulary")
 
 
 def _text_reasons(comparison: "Comparison") -> dict[str, str]:
@@ -123,7 +136,24 @@ def _text_reasons(comparison: "Comparison") -> dict[str, str]:
     text = comparison.candidate.text
     if text is not None and not text_reference.references(comparison):
         return {"": text_reference.MISSING}
-    return text_reasons(text)
+    reasons = text_reasons(text)
+    if text is None:
+        return reasons
+    if text.saved["kind"] not in PACKAGED and comparison.source is None:
+        # The export's rule is the candidate's own, written down.
+        reasons |= {WRONG_RULE: NO_SOURCE_TEXT}
+    if jinja_reference.is_program(text.saved_template):
+        reasons |= _of_program(ids.Walk(comparison, text, text_reference.references(comparison)))
+    return reasons
+
+
+def _of_program(walk: ids.Walk) -> dict[str, str]:
+    """What the output of an imported template does not let be compared."""
+    cases = [messages for _, messages in walk.cases]
+    if not cases:
+        return dict.fromkeys((*_TEMPLATE, *_MASK), UNSEEN_CONTENTS)
+    proved = any(not walk.text.render(walk.text, messages).unproved for messages in cases)
+    return {} if proved else dict.fromkeys(_MASK, UNPROVED)
 
 
 def text_reasons(text: Text | None) -> dict[str, str]:
@@ -136,5 +166,5 @@ def text_reasons(text: Text | None) -> dict[str, str]:
     if text.saved["kind"] == "char":
         reasons |= dict.fromkeys(_BYTE_LEVEL, "the tokenizer has no merges")
     if not text.saved_template:
-        reasons |= dict.fromkeys(_TEMPLATE, NO_TEMPLATE)
+        reasons |= dict.fromkeys((*_TEMPLATE, *_MASK), NO_TEMPLATE)
     return reasons

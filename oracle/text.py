@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxgpt import chat
-from jaxgpt.chat import Message, Rendered, Template, TurnTemplate
+from jaxgpt.chat import Message, Rendered, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.lm import LM
@@ -34,8 +34,8 @@ class Text:
     """Text of ids, special tokens spelled out."""
     specials: Mapping[str, Special]
     """By name: string and id."""
-    template: TurnTemplate | None
-    """What goes around each turn of a conversation."""
+    template: Template | None
+    """What goes around each turn of a conversation: written down, or an imported program."""
     stop_ids: tuple[int, ...]
     """Ids that end a reply."""
     bos_ids: tuple[int, ...]
@@ -49,11 +49,11 @@ class Text:
 
     @classmethod
     def of(cls, loaded: Checkpoint) -> "Text | None":
-        """The text side of a checkpoint; None if it has no tokenizer. An imported template is no data to compare."""
+        """The text side of a checkpoint; None if it has no tokenizer."""
         if loaded.tokenizer is None:
             return None
         tokenizer = loaded.tokenizer
-        template = loaded.template if isinstance(loaded.template, TurnTemplate) else None
+        template = loaded.template
         saved = _json(loaded.path / "tokenizer_state.json")
         return cls(
             saved=tokenizer.state() if saved is None else saved,
@@ -62,7 +62,7 @@ class Text:
             decode=tokenizer.decode,
             specials={special.name: special for special in tokenizer.specials},
             template=template,
-            stop_ids=_Prompts(tokenizer, loaded.template).stops(loaded),
+            stop_ids=_Prompts(tokenizer, template).stops(loaded),
             bos_ids=tokenizer.bos_ids,
             parse=partial(parse, tokenizer),
             render=render,
@@ -98,6 +98,9 @@ class _View:
 
     def encode(self, string: str, *, specials: bool = False) -> list[int]:
         return self._text.parse(self._text, string) if specials else self._text.encode(string)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._text.decode(ids)
 
     @property
     def bos_ids(self) -> tuple[int, ...]:

@@ -94,6 +94,24 @@ PLAIN = ("one turn each", "several turns")
 SPACES, TYPED = "spaces around the contents", "special tokens typed into the contents"
 
 
+def conversations_of_programs(
+    roles: Sequence[str], trained: str, specials: Sequence[str]
+) -> Iterator[tuple[str, list[Message]]]:
+    """Conversations whose contents can be found again in what a program made of them: words of their own."""
+    other = next((role for role in ("user", *roles) if role != trained), trained)
+    system = [Message(role="system", content="Zebras answer briefly.")] if "system" in roles else []
+
+    def turns(*contents: str) -> list[Message]:
+        return [Message(role=(other, trained)[i % 2], content=content) for i, content in enumerate(contents)]
+
+    yield PLAIN[0], turns("What do zebras eat?", "Mostly grass.")
+    yield PLAIN[1], [*system, *turns("What do zebras eat?", "Mostly grass.", "And gnus?\nThink first.", "Grass, too.")]
+    yield "scripts and emoji", turns("naïve 日本語 हिन्दी e\u0301", "👩‍👩‍👧‍👦 العربية")
+    yield SPACES, turns("  an indented question  ", "  its indented answer  ")
+    typed_in = "".join(f"x{special}y" for special in specials)
+    yield TYPED, turns(f"zebra{typed_in} obey", f"gnu{typed_in}.")
+
+
 def conversations(
     roles: Mapping[str, object], trained: str, specials: Sequence[str]
 ) -> Iterator[tuple[str, list[Message]]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import small_vocabularies as small
 from conftest import GPT2, random_params
+from jinja_families import BOS, EOS, FAMILIES, SPECIALS
 
 from jaxgpt import checkpoint
+from jaxgpt.chat import Rendered
 from jaxgpt.checkpoint import Contents
 from jaxgpt.formats import hf, hf_tokenizer
-from oracle import noise
+from oracle import exposure, noise, text_probe
+from oracle import text as oracle_text
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.reference import Reference
@@ -89,3 +92,82 @@ def test_a_bos_that_the_folder_asks_for_is_expected_before_raw_text(tmp_path: Pa
     assert problems(comparison) == []
     without = ids.with_text(comparison.candidate, bos_ids=())
     assert problems(dataclasses.replace(comparison, candidate=without))[0].startswith("text.bos: ")
+
+
+# -- Imported templates ------------------------------------------------------------------
+
+
+def with_template(folder: Path, family: str) -> Path:
+    """A vocabulary that has every family's special tokens, and the family's template."""
+    small.as_json(folder, "qwen2", chat_template=FAMILIES[family], bos_token=BOS, eos_token=EOS)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    known = {token["content"] for token in content["added_tokens"]}
+    first = max([*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]) + 1
+    strings = dict.fromkeys(s for group in SPECIALS for s in group if s not in known)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] += [
+        {"id": first + i, "content": s, "special": True, **flags} for i, s in enumerate(strings)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def conversations_of(comparison: Comparison) -> list[str]:
+    return [str(f.where) for f in ids.run(comparison).findings if f.tap == ids.TEMPLATE]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_imported_template_is_compared_with_its_own_output(family: str, tmp_path: Path):
+    comparison = compared(with_template(tmp_path / "source", family), tmp_path)
+    assert problems(comparison) == []
+    assert text_probe.PLAIN[0] in conversations_of(comparison)
+
+
+Rewrite = Callable[[Text, Any, Rendered], Rendered]
+MISTAKES: dict[str, tuple[str, Rewrite]] = {
+    "a token lost": ("text.template", lambda text, m, made: Rendered(made.ids[:-1], made.mask[:-1])),
+    "typed text as control": (
+        "text.template",
+        lambda text, m, made: _rendered(text, [{**m[0], "content": m[0]["content"] + "<|im_end|>"}, *m[1:]], made),
+    ),
+    "prompts trained": ("text.mask", lambda text, m, made: Rendered(made.ids, [1] * len(made.ids))),
+    "end not trained": ("text.mask", lambda text, m, made: Rendered(made.ids, [*made.mask[1:], 0])),
+}
+
+
+def _rendered(text: Text, messages: Any, made: Rendered) -> Rendered:
+    found = oracle_text.render(text, messages)
+    return found if len(found.ids) != len(made.ids) else made
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_rendering_of_an_imported_template_is_found(mistake: str, tmp_path: Path):
+    comparison = compared(with_template(tmp_path / "source", "chatml"), tmp_path)
+    tap, change = MISTAKES[mistake]
+
+    def wrong(text: Text, messages: Any) -> Rendered:
+        return change(text, messages, oracle_text.render(text, messages))
+
+    broken = dataclasses.replace(comparison, candidate=ids.with_text(comparison.candidate, render=wrong))
+    failed = [finding for finding in ids.run(broken).findings if not finding.ok]
+    assert failed[0].tap == tap
+    substitute = ids.site(broken, failed[0]).substitute()
+    assert substitute is not None
+
+
+def test_what_a_template_does_not_show_is_said(tmp_path: Path):
+    source = with_template(tmp_path / "source", "chatml")
+    comparison = compared(source, tmp_path)
+    exposed, hidden = exposure.classes(comparison, [ids.NAME])
+    assert {"turn not ended", "last reply only", exposure.WRONG_RULE} <= set(exposed)
+    alone = dataclasses.replace(comparison, source=None)
+    assert exposure.classes(alone, [ids.NAME])[1][exposure.WRONG_RULE] == exposure.NO_SOURCE_TEXT
+    assert not hidden.keys() & {"turn not ended", "last reply only"}
+
+
+def test_a_template_that_shouts_is_said_not_to_be_compared(tmp_path: Path):
+    shouting = FAMILIES["chatml"].replace("message.content", "message.content | upper")
+    small.as_json(tmp_path / "source", "qwen2", chat_template=shouting)
+    comparison = compared(tmp_path / "source", tmp_path)
+    assert problems(comparison) == []
+    assert set(exposure.classes(comparison, [ids.NAME])[1].values()) >= {exposure.UNSEEN_CONTENTS}

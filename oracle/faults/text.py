@@ -13,6 +13,7 @@ from typing import Any
 import tiktoken
 
 from jaxgpt.chat import Message, Rendered, Turn, TurnTemplate
+from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import END, END_OF_TEXT, Special
 from jaxgpt.vocabularies.kinds import kind_named
 from oracle.candidate import Candidate
@@ -190,7 +191,11 @@ def templated(change: Callable[[TurnTemplate], TurnTemplate]) -> Plant:
     """Another template."""
 
     def of(text: Text) -> Mapping[str, Any]:
-        assert text.template is not None
+        if not isinstance(text.template, TurnTemplate):
+            raise InputError(
+                "this checkpoint's template is a program, which has no turns to change; "
+                "plant a class of the rendering, such as 'system message added'"
+            )
         return {"template": change(text.template)}
 
     return spoken(of)

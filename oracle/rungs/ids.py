@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxgpt.chat import Message, Rendered
 from jaxgpt.tokenizer import END, END_OF_TEXT, Special
-from oracle import text_probe, text_reference
+from oracle import jinja_reference, text_probe, text_reference
 from oracle.candidate import Candidate
 from oracle.comparison import Comparison
 from oracle.reports import wording
@@ -167,8 +167,7 @@ class Walk:
         template = self.text.saved_template
         if template is None:
             return
-        cases = list(text_probe.conversations(template["turns"], template["trained_role"], list(self.strings)))
-        for title, messages in cases:
+        for title, messages in self.cases:
             ids, mask = self.expected_rendering(messages)
             problem = self._rendering(messages, lambda r, ids=ids: _difference(r.ids, ids))
             if not problem and template["name"] == "chatml" and title in text_probe.PLAIN:
@@ -178,6 +177,23 @@ class Walk:
             yield _finding(TEMPLATE, problem, title)
             yield _finding(MASK, self._rendering(messages, lambda r, ids=ids, mask=mask: _masks(r, ids, mask)), title)
 
+    @property
+    def cases(self) -> list[tuple[str, list[Message]]]:
+        """The conversations that are compared, by title; of a program's, those it renders with the contents in view."""
+        template = self.text.saved_template
+        assert template is not None
+        if not jinja_reference.is_program(template):
+            return list(text_probe.conversations(template["turns"], template["trained_role"], list(self.strings)))
+        asked = text_probe.conversations_of_programs(
+            template["known_roles"], template["trained_role"], list(self.strings)
+        )
+        return [(title, messages) for title, messages in asked if self._by_program(template, messages)]
+
+    def _by_program(
+        self, template: Mapping[str, Any], messages: Sequence[Message]
+    ) -> tuple[list[int], list[int]] | None:
+        return jinja_reference.rendered(template, self.strings, self.reference.encode, messages)
+
     def _rendering(self, messages: Sequence[Message], judge: Callable[[Rendered], str]) -> str:
         if self.text.template is None:
             return "the candidate has no template, but the checkpoint has"
@@ -185,9 +201,14 @@ class Walk:
 
     def expected_rendering(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Ids and mask by the checkpoint's `template.json` and the reference's tokenizer."""
-        assert self.text.saved_template is not None
+        template = self.text.saved_template
+        assert template is not None
+        if jinja_reference.is_program(template):
+            found = self._by_program(template, messages)
+            assert found is not None, "only conversations that can be compared are asked about"
+            return found
         ids = {name: special.id for name, special in self.specials.items()}
-        return text_reference.rendered(self.text.saved_template, ids, self.reference.encode, messages)
+        return text_reference.rendered(template, ids, self.reference.encode, messages)
 
     def prompt(self, text: str) -> list[int]:
         """What the candidate feeds its model for a text."""
@@ -200,7 +221,8 @@ class Walk:
     @property
     def expected_stops(self) -> list[int]:
         """The ids that end a text or a turn, by the checkpoint's and the folders' files."""
-        named = {self.specials[name].id for name in (END_OF_TEXT, END) if name in self.specials}
+        ends = (END_OF_TEXT, END, (self.text.saved_template or {}).get("end_name"))
+        named = {self.specials[name].id for name in ends if name in self.specials}
         rows = self.comparison.candidate.config.vocab_size
         places = (self.comparison.source, self.comparison.export)
         found = {id for place in places if place is not None for id in text_reference.stop_ids(place)}
@@ -251,8 +273,8 @@ def _ids(ids: Sequence[int]) -> str:
 
 
 def _masks(rendered: Rendered, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """Nothing where the ids differ: that is told before."""
-    if list(rendered.ids) != list(ids) or list(rendered.mask) == list(mask):
+    """Nothing where the ids differ: that is told before. A mask that cannot be proved is refused by training."""
+    if rendered.unproved or list(rendered.ids) != list(ids) or list(rendered.mask) == list(mask):
         return ""
     place = next(i for i, (a, b) in enumerate(zip(rendered.mask, mask, strict=False)) if a != b)
     trained = "is trained, expected not" if rendered.mask[place] else "is not trained, expected to be"

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxgpt.chat import Message, Rendered
 from jaxgpt.tokenizer import END, END_OF_TEXT
-from oracle import text_probe, text_reference
+from oracle import jinja_reference, text_probe, text_reference
 from oracle.repairs.repair import Repair, Variant
 from oracle.repairs.text.vocabulary import claim
 from oracle.rungs import ids
@@ -18,12 +18,19 @@ Render = Callable[[Text, Sequence[Message]], Rendered]
 Answer = tuple[list[int], list[int]]
 """Ids and mask of a conversation."""
 
+
+def _of_turns(site: Site, tap: str) -> TextSite | None:
+    """The site, if its claim is this one and the template is written down turn by turn: a program has no such parts."""
+    at = claim(site, tap)
+    return None if at is None or jinja_reference.is_program(at.text.saved_template) else at
+
+
 # -- Contents --------------------------------------------------------------------------
 
 
 def ordinary_contents(site: Site) -> Iterator[Variant]:
     """Contents that hold special strings encoded as ordinary text, between what the renderer puts around them."""
-    at = claim(site, ids.TEMPLATE)
+    at = _of_turns(site, ids.TEMPLATE)
     if at is not None and at.finding.where == text_probe.TYPED:
         strings = list(at.walk.strings)
         render = _framing(at.text.render, lambda content: any(string in content for string in strings))
@@ -32,7 +39,7 @@ def ordinary_contents(site: Site) -> Iterator[Variant]:
 
 def whole_contents(site: Site) -> Iterator[Variant]:
     """Contents with spaces around them put in whole."""
-    at = claim(site, ids.TEMPLATE)
+    at = _of_turns(site, ids.TEMPLATE)
     if at is not None and at.finding.where == text_probe.SPACES:
         render = _framing(at.text.render, lambda content: content != content.strip())
         yield Variant("with the spaces around the contents kept", at.changed(render=render))
@@ -87,12 +94,14 @@ def moved_mask(site: Site) -> Iterator[Variant]:
     template, render = at.text.saved_template, at.text.render
     assert template is not None
     trained = template["trained_role"]
-    changes: Mapping[str, Callable[[Text, Rendered, Sequence[Message]], list[int]]] = {
+    changes: dict[str, Callable[[Text, Rendered, Sequence[Message]], list[int]]] = {
         "one place earlier": lambda _, made, m: [*made.mask[1:], _last(at, made, m[-1]["role"] == trained)],
         "one place later": lambda _, made, __: [0, *made.mask[:-1]],
         "without the last of each stretch": lambda _, made, __: _shorter(made.mask),
-        "with the first token of each reply": lambda now, made, m: _longer(render, now, made.mask, m, trained),
     }
+    if not jinja_reference.is_program(template):
+        name = "with the first token of each reply"
+        changes |= {name: lambda now, made, m: _longer(render, now, made.mask, m, trained)}
     for name, change in changes.items():
 
         def masked(now: Text, messages: Sequence[Message], change: Any = change) -> Rendered:
@@ -107,10 +116,7 @@ def moved_mask(site: Site) -> Iterator[Variant]:
 
 def _is_right_everywhere(at: TextSite, render: Render) -> bool:
     """Of all conversations whose ids are right."""
-    pairs = (
-        (render(at.text, messages), at.walk.expected_rendering(messages))
-        for _, messages in text_probe.conversations(*_roles(at), list(at.walk.strings))
-    )
+    pairs = ((render(at.text, messages), at.walk.expected_rendering(messages)) for _, messages in at.walk.cases)
     return all(made.mask == mask for made, (found, mask) in pairs if made.ids == found)
 
 
@@ -140,7 +146,7 @@ def _longer(render: Render, now: Text, mask: Sequence[int], messages: Sequence[M
 
 def other_template(site: Site) -> Iterator[tuple[str, str, Variant]]:
     """Undone wherever the rendering is that of a template with one change: name, kind of part, variant."""
-    at = claim(site, ids.TEMPLATE)
+    at = _of_turns(site, ids.TEMPLATE)
     if at is None or at.text.saved_template is None:
         return
     for kind, change, template in _altered(at.text.saved_template):
@@ -205,8 +211,7 @@ def in_front(site: Site, *, alone: bool) -> Iterator[Variant]:
     at = claim(site, ids.TEMPLATE)
     if at is None:
         return
-    conversations = text_probe.conversations(*_roles(at), list(at.walk.strings))
-    messages = next(found for title, found in conversations if title == at.finding.where)
+    messages = dict(at.walk.cases)[at.finding.where]
     made, (expected, _) = at.text.render(at.text, messages).ids, at.walk.expected_rendering(messages)
     front = made[: len(made) - len(expected)]
     if not front or made[len(front) :] != expected or (len(front) == 1) != alone:
@@ -267,7 +272,7 @@ _MASKS: Mapping[str, Callable[[Sequence[int]], list[int]]] = {
 
 def trained_header(site: Site) -> Iterator[Variant]:
     """Undone wherever the mask has just the last few tokens of a reply's header on top of the right ones."""
-    at = claim(site, ids.MASK)
+    at = _of_turns(site, ids.MASK)
     if at is None:
         return
     render, right = at.text.render, at.walk.expected_rendering
@@ -290,7 +295,7 @@ def _begun_before(mask: Sequence[int], count: int) -> list[int]:
 
 def trained_parts(site: Site) -> Iterator[Variant]:
     """Undone wherever the mask has just the same tokens of each role's turn on top, all of them the template's."""
-    at = claim(site, ids.MASK)
+    at = _of_turns(site, ids.MASK)
     if at is None:
         return
     render, right = at.text.render, at.walk.expected_rendering

@@ -62,14 +62,8 @@ def _answers(at: TextSite) -> tuple[Sequence[int], Sequence[int]]:
     if at.finding.tap == ids.PARSE:
         text = "".join(at.walk.strings)
         return at.text.parse(at.text, text), at.walk.parsed(text)
-    messages = _conversations(at)[at.finding.where]
+    messages = dict(at.walk.cases)[at.finding.where]
     return at.text.render(at.text, messages).ids, at.walk.expected_rendering(messages)[0]
-
-
-def _conversations(at: TextSite) -> dict[str, list[Message]]:
-    template = at.text.saved_template
-    assert template is not None
-    return dict(text_probe.conversations(template["turns"], template["trained_role"], list(at.walk.strings)))
 
 
 def _moved(text: Text, names: set[str], by: int, *, saved: bool = False) -> dict[str, Any]:
