@@ -7,7 +7,6 @@ these facts, so that loading never depends on what today's code would generate.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,9 @@ from jaxgpt.special_tokens import (
     saved_added,
     saved_specials,
 )
+from jaxgpt.vocabularies.byte_alphabet import unspelled
 from jaxgpt.vocabularies.kinds import Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
+from jaxgpt.vocabularies.token_matching import TokenMatcher
 
 if TYPE_CHECKING:
     from jaxgpt.chat import Template
@@ -85,8 +86,7 @@ class Tokenizer:
         self._by_name = {special.name: special for special in self.specials}
         self._id_of_text = {special.text: special.id for special in self.specials}
         self.special_ids = frozenset(self._id_of_text.values())
-        self._marker = _any_of(self._id_of_text)
-        self._domain = _any_of(self._added)
+        self._matcher = TokenMatcher({**self._early(), **self._id_of_text}, encoder.edges)
 
     @classmethod
     def create(
@@ -187,8 +187,11 @@ class Tokenizer:
         """
         wanted = list(dict.fromkeys(texts))
         added = {**self._added, **{text: id for id, text in enumerate(wanted, start=self.vocab_size)}}
+        # By its bytes and by its spelling in a vocabulary's file, where other programs would find it again.
+        own = {token: id for id, token in enumerate(self._tokens) if token}
         for text in wanted:
-            taken = self._id_of_text.get(text, self.added.get(text))
+            refuse_invalid_unicode(text)
+            taken = own.get(text.encode(), own.get(unspelled(text) or b""))
             if taken is not None:
                 raise InputError(f"{text} is token {taken} already; leave it out")
         needed = self.vocab_size + len(wanted)
@@ -200,32 +203,23 @@ class Tokenizer:
         """Ids of the text.
 
         Without `specials` all of it is ordinary text, whatever it looks like. With
-        `specials`, strings of special tokens become their ids, the longest first.
+        `specials`, strings of special tokens become their ids, the longest first, with
+        the white space beside them that their vocabulary says is theirs.
 
         Raises:
             InputError: the text has a lone surrogate.
         """
         refuse_invalid_unicode(text)
-        if not specials:
-            return self._ordinary(text)
-        ids: list[int] = []
-        for piece in self._marker.split(text):
-            if piece in self._id_of_text:
-                ids.append(self._id_of_text[piece])
-            else:
-                ids += self._ordinary(piece)
-        return ids
-
-    def _ordinary(self, text: str) -> list[int]:
-        if not self._added:
+        if not specials and not self._added:
             return self.encoder.encode_ordinary(text)
         ids: list[int] = []
-        for piece in self._domain.split(text):
-            if piece in self._added:
-                ids.append(self._added[piece])
-            elif piece:
-                ids += self.encoder.encode_ordinary(piece)
+        for piece in self._matcher.cut(text, silent=() if specials else self._id_of_text):
+            ids += self.encoder.encode_ordinary(piece) if isinstance(piece, str) else [piece]
         return ids
+
+    def _early(self) -> dict[str, int]:
+        """Added tokens that are looked for before text is normalised; the encoder finds the others itself."""
+        return {text: id for text, id in self.added.items() if text not in self.encoder.found_late}
 
     def normalise(self, text: str) -> str:
         """What decoding the ids of the text gives back: the text itself, or its Unicode normal form (Qwen2: NFC)."""
@@ -358,11 +352,6 @@ _STATE_KEYS = {
     "files",
     "data",
 }
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Splits text at any of the strings; alternatives are tried in order: the longest first, so that no prefix wins."""
-    return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
 
 
 def _names_by_text(encoder: Encoder, names: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:

@@ -214,7 +214,7 @@ def test_domain_tokens_ask_for_rows_only_where_there_are_none():
     assert grown.specials == base.specials
 
 
-@pytest.mark.parametrize("text", ["<|im_end|>", "<x>", ""])
+@pytest.mark.parametrize("text", ["<|im_end|>", "<x>", "", "def", " the", "\u0120the"])
 def test_a_domain_token_that_is_a_token_already_is_refused(text: str):
     tokenizer = Tokenizer.create("gpt2", template=CHATML).with_added(["<x>"])
     with pytest.raises(InputError, match=r"is token \d+ already; leave it out|is an empty string; give it one"):

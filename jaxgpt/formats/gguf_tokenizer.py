@@ -71,6 +71,10 @@ def _other_ids(tokenizer: Tokenizer) -> list[str]:
     if tokenizer.normalise(_COMPOSABLE) != _COMPOSABLE:
         notices.append("llama.cpp does not normalise text as this tokenizer does: give it text in NFC")
     encoder = tokenizer.encoder
+    if encoder.edges:
+        notices.append(
+            f"llama.cpp does not look at what stands beside {first(sorted(encoder.edges))}: lstrip and so on"
+        )
     if isinstance(encoder, ByteLevelEncoder):
         whole = bool(json.loads(encoder.json())["model"].get("ignore_merges"))
         if whole != RULES[tokenizer.pre_tokenizer].ignore_merges:

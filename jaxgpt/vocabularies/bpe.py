@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxgpt.errors import InputError, first
 from jaxgpt.vocabularies import split_rules
 from jaxgpt.vocabularies.byte_alphabet import CHARACTERS, spelled, unspelled
-from jaxgpt.vocabularies.kinds import Encoder, Merges, exact_keys, read_merges
+from jaxgpt.vocabularies.kinds import Edges, Encoder, Merges, exact_keys, read_merges
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,6 +49,9 @@ class ByteLevelEncoder(Encoder):
         noted = library.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in noted.items() if token.special}
         self.added = {token.content: id for id, token in noted.items() if not token.special}
+        asked = {token.content: Edges(token.lstrip, token.rstrip, token.single_word) for token in noted.values()}
+        self.edges = {text: edges for text, edges in asked.items() if edges != Edges()}
+        self.found_late = {token.content for token in noted.values() if token.normalized}
         self.missing_bytes = sum(character not in self._ids for character in CHARACTERS)
         unknown = self._ids.get(library.model.unk_token or "")
         self.unknown_ids = [] if unknown is None else [unknown]
@@ -89,6 +92,17 @@ class ByteLevelEncoder(Encoder):
         steps = split_rules.flat(section(self._library.pre_tokenizer))
         prefixed = any(step.get("type") == "ByteLevel" and step.get("add_prefix_space", True) for step in steps)
         return f" {text}" if prefixed and text and not text[0].isspace() else text
+
+    def not_honoured(self) -> list[str]:
+        """In a line at most, special tokens that the package looks for in normalised text, and jaxgpt in the text."""
+        normalizer = section(self._library.normalizer)
+        if normalizer is None:
+            return []
+        # NFC changes nothing of ASCII.
+        harmless = normalizer.get("type") == "NFC"
+        late = [text for text in self.specials if text in self.found_late and not (harmless and text.isascii())]
+        found = f"{first(late)}: tokenizer.json has special tokens found in normalised text; a chat template of jaxgpt"
+        return [f"{found} finds them only as they are spelled"] if late else []
 
     def data(self) -> dict[str, Any]:
         """See `Encoder`: the files' text."""

@@ -8,7 +8,8 @@ import hashlib
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,18 @@ Merges = tuple[tuple[bytes, bytes], ...]
 """Pairs of tokens, in the order of their rank."""
 
 
+@dataclass(frozen=True)
+class Edges:
+    """What a token asks of the text beside it."""
+
+    lstrip: bool = False
+    """White space before it belongs to it."""
+    rstrip: bool = False
+    """White space after it belongs to it."""
+    single_word: bool = False
+    """It is none between letters."""
+
+
 class Encoder(ABC):
     """A kind of base vocabulary, with ids 0 to size - 1."""
 
@@ -34,6 +47,10 @@ class Encoder(ABC):
     """The vocabulary's own special tokens, string to id."""
     added: Mapping[str, int] = {}
     """Its tokens that are matched in text before anything else, and are content: string to id."""
+    edges: Mapping[str, Edges] = {}
+    """What some of either ask of the text beside them, such as a `<mask>` that takes the space before it."""
+    found_late: Collection[str] = ()
+    """Added tokens that are looked for in normalised text; all others in the text as it is."""
     pre_tokenizer: str = ""
     """llama.cpp's name of the rule that cuts text into words (`gpt-2`); empty where it has none."""
     bos_ids: tuple[int, ...] = ()

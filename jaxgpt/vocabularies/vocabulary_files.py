@@ -79,6 +79,7 @@ def read(path: str | Path, *, kind: Kind | None = None, eos_ids: tuple[int, ...]
     if kind == "hf":
         _refuse_lost_bytes(encoder)
     _refuse_reachable(encoder)
+    notices += encoder.not_honoured()
     if encoder.bos_ids:
         bos = _bos(encoder)
         notices.append(f"{JSON} puts {bos} before a text: so do prompts of raw text; in a chat the template does")
@@ -88,7 +89,9 @@ def read(path: str | Path, *, kind: Kind | None = None, eos_ids: tuple[int, ...]
 def is_gpt2(found: Found) -> bool:
     """Whether it is GPT-2's own vocabulary, which is encoded five times as fast by tiktoken."""
     encoder = found.encoder
-    if encoder.pre_tokenizer != "gpt-2" or encoder.size < 50257 or encoder.normalise(" e\u0301a") != " e\u0301a":
+    if encoder.edges or encoder.pre_tokenizer != "gpt-2" or encoder.size < 50257:
+        return False
+    if encoder.normalise(" e\u0301a") != " e\u0301a":
         return False
     own = kind_named("gpt2").build(())
     if any(own.specials.get(text, id) != id or (id < 50257 and text not in own.specials)
