@@ -26,7 +26,7 @@ from oracle.results import Report
 
 MODEL = models.MODELS["llama"] | {"num_hidden_layers": 4}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WIDTH, HEIGHT = 1200, 1950
+WIDTH, HEIGHT = 1200, 1880
 """Of the picture: the verdict, the ladder and the maps."""
 LARGEST = 300_000
 """Bytes that a picture in the repository may have."""
