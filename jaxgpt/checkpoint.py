@@ -85,6 +85,7 @@ def save(
     keep: int = 2,
     score: float | None = None,
     hashed: Callable[[int], None] | None = None,
+    copy: bool = True,
 ) -> Saving:
     """Begin to save a step; arrays may be donated or changed as soon as this returns.
 
@@ -98,6 +99,7 @@ def save(
         keep: newest steps to keep, at least 1.
         score: of this step, less is better; None for none.
         hashed: told, on another thread, the bytes of each file when it was hashed.
+        copy: False takes no memory for numpy arrays, which nobody may change until the step counts.
 
     Raises:
         CheckpointError: contents that could not be loaded again.
@@ -110,7 +112,7 @@ def save(
         _clean(directory)
         _require_space(directory, contents)
         documents = step_folder.documents(step, contents, score)
-        written = _begin_arrays(partial, contents)
+        written = _begin_arrays(partial, contents, copy)
     except Exception as error:
         future.set_exception(_not_saved(directory, step, contents, partial, error))
         return Saving(future)
@@ -121,7 +123,7 @@ def save(
             for name, text in documents.items():
                 (partial / name).write_text(text, "utf-8")
             _seal(partial, hashed)
-            path = _acknowledge(partial, directory / f"step-{step:08d}")
+            path = acknowledge(partial, directory / f"step-{step:08d}")
         except BaseException as error:
             future.set_exception(_not_saved(directory, step, contents, partial, error))
             return
@@ -146,7 +148,7 @@ def _check(contents: Contents) -> None:
             raise CheckpointError(f"training state {name!r} of shape {list(array.shape)} cannot be saved")
 
 
-def _begin_arrays(partial: Path, contents: Contents) -> Any:
+def _begin_arrays(partial: Path, contents: Contents, copy: bool) -> Any:
     ocp = _orbax()
     given = {"params": contents.params, "train": contents.train}
     # Orbax takes no numpy scalar, which numpy makes of every 0-dimensional result.
@@ -155,7 +157,9 @@ def _begin_arrays(partial: Path, contents: Contents) -> Any:
         for tree, arrays in given.items()
         if arrays is not None
     }
-    with _storage():
+    context = _storage()
+    context.memory.deepcopy_host_arrays = copy
+    with context:
         return ocp.save_checkpointables_async(partial, trees)
 
 
@@ -170,7 +174,8 @@ def _seal(partial: Path, hashed: Callable[[int], None] | None) -> None:
     manifest.seal(partial, hashed)
 
 
-def _acknowledge(partial: Path, final: Path) -> Path:
+def acknowledge(partial: Path, final: Path) -> Path:
+    """Put a sealed step in its place; one that stood there counts until then, and is deleted."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         os.rename(final, replaced)

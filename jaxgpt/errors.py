@@ -14,4 +14,5 @@ def first(items: list[str], shown: int = 3) -> str:
     """`a, b, c (+4 more)`: the head of a list, so that one line stays one line."""
     rest = len(items) - shown
     printable = [item if item.isprintable() else repr(item) for item in items[:shown]]
+    printable = [item if len(item) <= 100 else f"{item[:99]}…" for item in printable]
     return ", ".join(printable) + (f" (+{rest} more)" if rest > 0 else "")

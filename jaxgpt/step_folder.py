@@ -112,6 +112,8 @@ def is_checkpoint(directory: Path) -> bool:
 
 def _instead(directory: Path) -> str:
     """What a folder without a checkpoint is, and what to give in its place."""
+    if directory.with_name(f".{directory.name}.replaced").is_dir():
+        return f"was being rewritten when the process died; `jaxgpt tokenizer repair {directory}` finishes it"
     if not directory.is_dir():
         return "is no folder; give a run folder, with steps such as step-00000120"
     inside: list[str] = []
@@ -280,14 +282,15 @@ def describe(directory: str | Path, step: int | None = None) -> dict[str, Any]:
         "eos_token_ids": found.eos_token_ids,
         "parameter_count": sum(math.prod(shape) for shape in found.shapes.values()),
         "parameters": {name: {"shape": list(found.shapes[name]), "dtype": found.dtypes[name]} for name in found.shapes},
-        "tokenizer": _tokenizer_summary(found.tokenizer),
+        "tokenizer": tokenizer_summary(found.tokenizer),
         "template": found.template and found.template.name,
         "resumable": (path / "train").is_dir(),
         "provenance": found.provenance,
     }
 
 
-def _tokenizer_summary(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+def tokenizer_summary(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+    """Kind, numbers of ids and special tokens, as JSON values."""
     if tokenizer is None:
         return None
     sizes = ("kind", "vocab_size", "base_vocab_size", "model_vocab_size")

@@ -19,7 +19,7 @@ from jaxgpt import checkpoint, config, weights
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
-from jaxgpt.formats import hf, importing, safetensors_file
+from jaxgpt.formats import hf, hf_weights, importing, safetensors_file
 from jaxgpt.formats.mislabelled import mislabelled
 from jaxgpt.tokenizer import Tokenizer
 
@@ -239,7 +239,7 @@ def test_a_gpt2_tokenizer_comes_back_with_its_special_tokens(tmp_path: Path, tem
 
 def index(folder: Path, weight_map: Any) -> None:
     (folder / hf.WEIGHTS).rename(folder / "a.safetensors")
-    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / hf_weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def header_of(folder: Path, change: Callable[[Any], Any]) -> None:
@@ -273,7 +273,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_json(f / "config.json", lambda c: c.update(n_layer=10**9)),
         "config.json has num_hidden_layers=1,000,000,000, model.safetensors has 28 tensors",
     ),
-    "no weights": (lambda f: (f / hf.WEIGHTS).unlink(), "has neither model.safetensors nor model.safetensors.index"),
+    "no weights": (
+        lambda f: (f / hf.WEIGHTS).unlink(),
+        "has no weights: none of model.safetensors, model.safetensors.index.json, pytorch_model.bin, ",
+    ),
     "missing tensors": (
         lambda f: edit_tensors(f, lambda t: [t.pop(n) for n in list(t) if ".h.1." in n and "bias" in n] and None),
         "model.safetensors lacks 6 of 28 tensors (first: transformer.h.1.ln_1.bias, transformer.h.1.attn.c_attn.bias",
@@ -292,7 +295,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "integers": (
         lambda f: edit_tensors(f, lambda t: t.update({FIRST: torch.ones(131, 36, dtype=torch.int8)})),
-        "tensor transformer.wte.weight is I8; jaxgpt reads F32, BF16, F16",
+        "tensor transformer.wte.weight is int8; jaxgpt reads float32, bfloat16, float16",
     ),
     "path escape": (
         lambda f: index(f, {FIRST: "../x.safetensors"}),
@@ -382,7 +385,7 @@ def test_a_tensor_named_twice_is_refused(tmp_path: Path):
     folder = a_folder(tmp_path / "hf")
     data = (folder / hf.WEIGHTS).read_bytes()
     (folder / hf.WEIGHTS).write_bytes(data.replace(b'"transformer.wpe.weight"', b'"transformer.wte.weight"', 1))
-    with pytest.raises(InputError, match="names a tensor twice; refused"):
+    with pytest.raises(InputError, match="safetensors header has 'transformer.wte.weight' twice; keep one of them"):
         hf.read(folder)
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from jaxgpt.array_files import in_bytes
 from jaxgpt.errors import InputError
 
@@ -81,6 +84,17 @@ def read(path: Path) -> Header:
             raise InputError(f"{path.name} is no GGUF file: it does not begin with GGUF")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path.name, data).header()
+
+
+def views(path: Path, header: Header) -> dict[str, np.ndarray]:
+    """Tensors that are not quantised, as read-only views of the mapped file."""
+    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    return {
+        t.name: mapped[t.start : t.start + t.size].view(dtypes[t.dtype]).reshape(t.shape)
+        for t in header.tensors
+        if t.dtype in dtypes
+    }
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""Hugging Face model folders of GPT-2, Llama and Qwen2: config.json, safetensors, tokenizer files.
+"""Hugging Face model folders: config.json, weights, tokenizer files.
 
 What another program wrote is taken exactly or refused: every tensor must be one of
 the model's, dtypes are those of the tensors' own headers, and what is left out is said.
@@ -22,11 +22,12 @@ from jaxgpt.chat import Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError, first
-from jaxgpt.formats import hf_tokenizer, safetensors_file
+from jaxgpt.formats import hf_tokenizer, hf_weights, json_file, safetensors_file
+from jaxgpt.formats.folder_links import refuse_links_outside
+from jaxgpt.formats.hf_weights import WEIGHTS
 from jaxgpt.formats.mislabelled import mislabelled
 from jaxgpt.tokenizer import Tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Constants that old files carry beside the parameters."""
 
@@ -55,12 +56,15 @@ class HFModel:
 # -- Reading ---------------------------------------------------------------------------
 
 
-def read(folder: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> HFModel:
-    """Read a folder of `gpt2`, `llama` or `qwen2`, single or sharded, float32, bfloat16 or float16.
+def read(
+    folder: str | Path, overrides: Mapping[str, Any] = MappingProxyType({}), *, every_value: bool = True
+) -> HFModel:
+    """Read a folder of any type in `config.ARCHITECTURES`, single or sharded, float32, bfloat16 or float16.
 
     Args:
-        folder: with config.json and safetensors.
+        folder: with config.json and safetensors or pytorch_model.bin.
         overrides: keys of config.json whose values are replaced.
+        every_value: look at each for NaN and, in pytorch_model.bin, damage; else only at headers and samples.
 
     Raises:
         InputError: a file that is missing, damaged or lies; an architecture jaxgpt does
@@ -68,11 +72,13 @@ def read(folder: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})
     """
     folder = Path(folder)
     notices: list[str] = []
-    hf = {**_read_json(folder / "config.json"), **overrides}
-    source, tensors = _read_tensors(folder, notices)
+    refuse_links_outside(folder)
+    hf = {**json_file.read(folder / "config.json"), **overrides}
+    source, found = hf_weights.read(folder, every_value=every_value)
+    tensors = _parameters(found, source, notices)
     if hf.get("model_type") == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
         tensors = {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in tensors.items()}
-    model_config, params = translated(hf, tensors, source, notices)
+    model_config, params = translated(hf, tensors, source, notices, every_value=every_value)
     eos = _eos_token_ids(folder, hf, model_config.vocab_size, notices)
     tokenizer, template = hf_tokenizer.read(folder, model_config.vocab_size, notices, tuple(eos))
     dtype, model_type = most_common_dtype(params), hf["model_type"]
@@ -80,7 +86,12 @@ def read(folder: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})
 
 
 def translated(
-    hf: Mapping[str, Any], tensors: dict[str, np.ndarray], source: str, notices: list[str]
+    hf: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+    source: str,
+    notices: list[str],
+    *,
+    every_value: bool = True,
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """A config.json's content and its tensors as ours; a repeated tied head is taken out of `tensors`.
 
@@ -89,6 +100,7 @@ def translated(
         tensors: by Hugging Face name.
         source: the file that messages name.
         notices: lines the caller should print are added.
+        every_value: look at each for NaN.
 
     Raises:
         InputError: an architecture jaxgpt does not have, or tensors that are not exactly the model's.
@@ -104,6 +116,9 @@ def translated(
     except InputError as error:
         raise InputError(str(error).replace("the weights file", source, 1)) from None
     _say_oddities(hf, params, most_common_dtype(params), notices)
+    bad = [name for name, array in params.items() if not _is_finite(array)] if every_value else []
+    if bad:
+        notices.append(f"{len(bad)} parameters hold NaN or infinity (first: {first(bad)})")
     return model_config, params
 
 
@@ -112,59 +127,21 @@ def most_common_dtype(params: Mapping[str, np.ndarray]) -> str:
     return Counter(str(array.dtype) for array in params.values()).most_common(1)[0][0]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():  # a pipe would wait for whoever writes into it
-        raise InputError(f"{path} is a folder, pipe or device, not a file; give a folder of model files")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a Hugging Face model folder") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not readable JSON") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return content
-
-
-def _read_tensors(folder: Path, notices: list[str]) -> tuple[str, dict[str, np.ndarray]]:
-    """The file that messages name, and every parameter's tensor."""
-    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight files are not read")
-    if (folder / WEIGHTS).exists():
-        source, shards = WEIGHTS, {WEIGHTS: None}
-    else:
-        source, shards = INDEX, _shards(folder)
+def _parameters(found: Mapping[str, np.ndarray], source: str, notices: list[str]) -> dict[str, np.ndarray]:
+    """The tensors without constants; raises InputError for a dtype that parameters do not have."""
     tensors: dict[str, np.ndarray] = {}
     dropped: list[str] = []
-    for file, expected in shards.items():
-        header, begin = safetensors_file.read_header(folder / file)
-        if expected is not None and expected != header.keys():
-            wrong = sorted(expected ^ header.keys())
-            raise InputError(f"{INDEX} and {file} disagree on {len(wrong)} tensors (first: {first(wrong)})")
-        for name, entry in header.items():
-            if _BUFFER.search(name):
-                dropped.append(name)
-                continue
-            if entry["dtype"] not in safetensors_file.DTYPES:
-                known = ", ".join(safetensors_file.DTYPES)
-                raise InputError(f"{file}: tensor {name} is {entry['dtype']}; jaxgpt reads {known}")
-            tensors[name] = safetensors_file.read_tensor(folder / file, entry, begin)
+    for name, tensor in found.items():
+        if _BUFFER.search(name):
+            dropped.append(name)
+            continue
+        if str(tensor.dtype) not in safetensors_file.DTYPES.values():
+            known = ", ".join(safetensors_file.DTYPES.values())
+            raise InputError(f"{source}: tensor {first([name])} is {tensor.dtype}; jaxgpt reads {known}")
+        tensors[name] = tensor
     if dropped:
         notices.append(f"dropped {len(dropped)} constants that are no parameters ({first(sorted(dropped), 2)})")
-    return source, tensors
-
-
-def _shards(folder: Path) -> dict[str, set[str]]:
-    """Tensor names by shard, from the index."""
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(f"{INDEX} has no weight_map from tensors to files")
-    shards: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if Path(file).name != file or "\\" in file or "\0" in file or file in (".", "..", ""):
-            raise InputError(f"index names {file:.200}, outside the model directory; refused")
-        shards.setdefault(file, set()).add(name)
-    return shards
+    return tensors
 
 
 def _drop_tied_head(model_config: ModelConfig, tensors: dict[str, np.ndarray], notices: list[str]) -> None:
@@ -191,9 +168,6 @@ def _say_oddities(hf: Mapping[str, Any], params: Mapping[str, np.ndarray], dtype
     wrong = mislabelled(params)
     if wrong:
         notices.append(wrong)
-    bad = [name for name, array in params.items() if not _is_finite(array)]
-    if bad:
-        notices.append(f"{len(bad)} parameters hold NaN or infinity (first: {first(bad)})")
 
 
 _INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
@@ -208,7 +182,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 def _eos_token_ids(folder: Path, hf: Mapping[str, Any], vocab_size: int, notices: list[str]) -> list[int]:
     generation = folder / "generation_config.json"
-    values = [hf.get("eos_token_id"), _read_json(generation).get("eos_token_id") if generation.exists() else None]
+    values = [hf.get("eos_token_id"), json_file.read(generation).get("eos_token_id") if generation.exists() else None]
     found: list[int] = []
     for value in values:
         ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -18,6 +18,7 @@ from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Contents
 from jaxgpt.errors import InputError, first
 from jaxgpt.formats import hf, pt_model
+from jaxgpt.formats.folder_links import refuse_links_outside
 from jaxgpt.formats.hf import HFModel
 from jaxgpt.formats.import_progress import Meter, Progress
 from jaxgpt.tokenizer import END_OF_TEXT, ROW_MULTIPLE, Tokenizer
@@ -80,7 +81,7 @@ def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarra
 
 
 def _save(contents: Contents, out: Path, meter: Meter) -> None:
-    saving = checkpoint.save(out, 0, contents, hashed=partial(meter.add, _HASHED))
+    saving = checkpoint.save(out, 0, contents, hashed=partial(meter.add, _HASHED), copy=False)
     meter.watch(_WRITTEN, saving, out)
     saving.result()
     meter.end(_WRITTEN)
@@ -105,10 +106,12 @@ def read(source: str | Path, overrides: Mapping[str, Any]) -> HFModel:
             raise InputError(
                 f"{source} has {len(files)} .pt files ({first([f.name for f in files])}); give one of them"
             )
+        refuse_links_outside(source)
         source = files[0]
-    if source.suffix in (".safetensors", ".gguf"):
-        remedy = "give its folder" if source.suffix == ".safetensors" else "GGUF is written here, not read"
-        raise InputError(f"{source} holds tensors without all that a model needs; {remedy}")
+    if source.suffix == ".gguf":
+        raise InputError(f"{source} holds tensors without all that a model needs; GGUF is written here, not read")
+    if source.suffix == ".safetensors" or (source.suffix == ".bin" and (source.parent / "config.json").exists()):
+        raise InputError(f"{source} holds tensors without all that a model needs; give its folder")
     return _from_pt(source, overrides)
 
 
@@ -175,8 +178,10 @@ def _verified(
         meter.end(stage)
         return found
 
-    source_tensors = read(source, overrides).tensors
-    expected = digests(_SOURCE_READ, ((name, _cast(tensor, cast)) for name, tensor in source_tensors.items()))
+    # No name for the source's tensors: what is mapped of them goes before the checkpoint comes.
+    expected = digests(
+        _SOURCE_READ, ((n, _cast(tensor, cast)) for n, tensor in read(source, overrides).tensors.items())
+    )
     saved = checkpoint.load(out)
     found = digests(_READ_BACK, weights.hf_tensors(saved.config, saved.params))
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]

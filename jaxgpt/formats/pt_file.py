@@ -15,17 +15,22 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxgpt.errors import InputError
+from jaxgpt.errors import InputError, first
+from jaxgpt.field_checks import shortened
 
 _PICKLE_BYTES, _OPCODES, _ENTRIES, _DIMENSIONS = 4 << 20, 1_000_000, 100_000, 8
 """Largest pickle, its opcodes, files in the zip, and sizes of a tensor: above any model's, so that bombs are small."""
+_SET = 16
+"""Values of a set in settings."""
+_TUPLE = 1000
+"""Values in a tuple, those of the tuples in it counted: one of torch.save has some ten."""
 
 _STORAGES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -89,8 +94,12 @@ class _Function(_Sealed):
         return self._run(*arguments)
 
 
-def read(path: str | Path) -> Any:
+def read(path: str | Path, *, every_value: bool = True) -> Any:
     """What was saved, with numpy arrays (views of the mapped file) for tensors.
+
+    Args:
+        path: the file.
+        every_value: compare the tensors' bytes with their checksums, which reads all of them.
 
     Raises:
         InputError: the file is damaged, older than torch 1.6's zip format, too deep or
@@ -104,7 +113,7 @@ def read(path: str | Path) -> Any:
     except Exception:  # a hostile directory may also raise ValueError, struct.error, NotImplementedError, …
         raise InputError(_not_a_zip(path)) from None
     with archive:
-        return _read_archive(path, archive)
+        return _read_archive(path, archive, every_value)
 
 
 def _not_a_zip(path: Path) -> str:
@@ -118,7 +127,7 @@ def _not_a_zip(path: Path) -> str:
     return f"{path} is not a file of torch.save, or cut short"
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
+def _read_archive(path: Path, archive: zipfile.ZipFile, every_value: bool) -> Any:
     entries = {info.filename: info for info in archive.infolist()}
     if len(entries) > _ENTRIES:
         raise InputError(f"{path} has {len(entries):,} entries; a model has fewer than {_ENTRIES:,}")
@@ -126,51 +135,76 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> Any:
     if len(pickles) != 1:
         raise InputError(f"{path} is a zip file with {len(pickles)} data.pkl; torch.save writes one")
     folder = pickles[0].removesuffix("data.pkl")
+    mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    _refuse_overlaps(path, archive.infolist(), len(mapped))
     order = entries.get(f"{folder}byteorder")
-    mapped = np.memmap(path, np.uint8, "r")
-    if order is not None and bytes(_stored(path, mapped, order)).strip() != b"little":
+    if order is not None and bytes(_stored(path, mapped, order, _PICKLE_BYTES)).strip() != b"little":
         raise InputError(f"{path} holds big-endian numbers; save it again on a little-endian machine")
     program = bytes(_stored(path, mapped, entries[pickles[0]], _PICKLE_BYTES))
     _refuse_foreign_opcodes(path, program)
+    read: dict[str, np.ndarray] = {}
 
     def storage(key: object) -> np.ndarray:
-        info = entries.get(f"{folder}data/{key}")
-        if info is None:
-            raise InputError(f"{path} lacks data/{key}, which a tensor needs; copy the file again")
-        return _stored(path, mapped, info)
+        name = f"{folder}data/{key}" if isinstance(key, str) else ""
+        if name not in entries:
+            raise InputError(f"{path} lacks data/{first([str(key)])}, which a tensor needs; copy the file again")
+        if name not in read:  # once, however many tensors share it
+            read[name] = _stored(path, mapped, entries[name], checked=every_value)
+        return read[name]
 
     return _run(path, program, storage)
 
 
-def _stored(path: Path, mapped: np.ndarray, info: zipfile.ZipInfo, limit: int | None = None) -> np.ndarray:
+def _refuse_overlaps(path: Path, entries: list[zipfile.ZipInfo], size: int) -> None:
+    """Entries of the same bytes would be read as often as they are listed."""
+    declared = sum(info.compress_size for info in entries)
+    if declared > size:
+        raise InputError(f"{path} lists {declared:,} bytes of entries, file is {size:,}; copy the file again")
+
+
+def _stored(
+    path: Path, mapped: np.ndarray, info: zipfile.ZipInfo, limit: int | None = None, *, checked: bool = True
+) -> np.ndarray:
     """The bytes of an entry, as a view of the mapped file: torch never compresses."""
+    name = first([info.filename])
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise InputError(f"{path}: {info.filename} is compressed, which torch.save never does; refused")
+        raise InputError(f"{path}: {name} is compressed, which torch.save never does; refused")
     if limit is not None and info.file_size > limit:
-        raise InputError(f"{path}: {info.filename} has {info.file_size:,} bytes; a model's has at most {limit:,}")
+        raise InputError(f"{path}: {name} has {info.file_size:,} bytes; a model's has at most {limit:,}")
     # Its lengths stand in the local header, which may differ from the directory's.
     header = bytes(mapped[info.header_offset : info.header_offset + 30])
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise InputError(f"{path}: {info.filename} has no header where the directory says; copy the file again")
-    name, extra = struct.unpack("<HH", header[26:30])
-    begin = info.header_offset + 30 + name + extra
+        raise InputError(f"{path}: {name} has no header where the directory says; copy the file again")
+    begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if begin + info.file_size > len(mapped):
-        raise InputError(f"{path}: {info.filename} ends after the file does; copy it again")
+        raise InputError(f"{path}: {name} ends after the file does; copy it again")
     content = mapped[begin : begin + info.file_size]
-    if zlib.crc32(content.data) != info.CRC:
-        raise InputError(f"{path}: {info.filename} fails its CRC-32; copy the file again")
+    if checked and zlib.crc32(content.data) != info.CRC:
+        raise InputError(f"{path}: {name} fails its CRC-32; copy the file again")
     return content
+
+
+def refuse_repeated(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError where tensors share bytes so often that they are far larger than their file.
+
+    A tied head repeats the embedding; nothing repeats all of the model.
+    """
+    total, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if total > 2 * size:
+        raise InputError(f"{path.name} has tensors of {total:,} bytes in a file of {size:,}; refused")
 
 
 def _refuse_foreign_opcodes(path: Path, program: bytes) -> None:
     """Raise unless the pickle is short, and of opcodes that torch.save writes for plain values.
 
     The memo index is checked too: the unpickler makes room up to the index it is given.
+    And so are tuples of tuples: hashed as a key, one takes as long as it would be written out.
     """
-    opcodes = pickletools.genops(program)
+    opcodes, tuples = pickletools.genops(program), _Tuples()
     for count in itertools.count(1):
         try:
             opcode, argument, _ = next(opcodes)
+            values = tuples.step(opcode, argument) if opcode.name in _ALLOWED_OPCODES else 0
         except StopIteration:
             return
         except (ValueError, IndexError, struct.error):
@@ -179,8 +213,51 @@ def _refuse_foreign_opcodes(path: Path, program: bytes) -> None:
             raise InputError(f"{path} needs arbitrary code to load (pickle opcode {opcode.name}); refused")
         if opcode.name in ("BINPUT", "LONG_BINPUT") and (argument or 0) > count:
             raise InputError(f"{path} is no file of torch.save: its pickle skips memo entries; refused")
+        if values > _TUPLE:
+            raise InputError(f"{path} is no file of torch.save: its pickle nests tuples without end; refused")
         if count > _OPCODES:
             raise InputError(f"{path} has a pickle of more than {_OPCODES:,} steps; a model's has fewer")
+
+
+class _Tuples:
+    """How many values the tuples of a pickle have when written out, found without running it."""
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, int] = {}
+
+    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
+        """Follow one opcode; the values of what it puts on the stack.
+
+        Raises:
+            ValueError: more is taken than was put there.
+        """
+        if opcode.name == "MARK":
+            self._marks.append(len(self._stack))
+            return 0
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memo[len(self._memo) if opcode.name == "MEMOIZE" else argument] = self._stack[-1]
+            return 0
+        if opcode.name in ("BINGET", "LONG_BINGET"):
+            self._stack.append(self._memo.get(argument, 1))
+            return 0
+        taken = self._taken(opcode)
+        if opcode.stack_after:
+            self._stack.append(1 + sum(taken) if opcode.name.startswith("TUPLE") else 1)
+            return self._stack[-1]
+        return 0
+
+    def _taken(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        before = opcode.stack_before
+        count = len(before)
+        if pickletools.markobject in before:
+            count = len(self._stack) - self._marks.pop() + before.index(pickletools.markobject)
+        if count > len(self._stack):
+            raise ValueError("more is taken from the stack than is there")
+        taken = self._stack[len(self._stack) - count :]
+        del self._stack[len(self._stack) - count :]
+        return taken
 
 
 # -- What the pickle may import --------------------------------------------------------
@@ -205,18 +282,46 @@ def _tensor(storage: object, offset: object, size: object, stride: object, *_: o
 def _sizes(numbers: tuple[object, ...]) -> list[int]:
     sizes = [n for n in numbers if type(n) is int and n >= 0]
     if len(sizes) < len(numbers):
-        raise ValueError(f"a tensor of offset, size and stride {numbers}")
+        raise ValueError(f"a tensor of offset, size and stride {shortened(numbers)}")
     return sizes
 
 
+class _Dict(OrderedDict[Any, Any]):
+    """A dict whose methods no pickle hides: `BUILD` would set attributes of those names."""
+
+    def __setstate__(self, state: object) -> None:
+        """`_metadata` of a state_dict, which numbers versions of modules, is not kept."""
+
+
+def _size(numbers: object) -> tuple[int, ...]:
+    """`torch.Size`, of which torch makes a list in settings as well."""
+    if not isinstance(numbers, list | tuple) or len(numbers) > _DIMENSIONS:
+        raise ValueError("a torch.Size of something else than a few numbers")
+    return tuple(_sizes(tuple(numbers)))
+
+
+def _parameter(tensor: object, *_: object) -> np.ndarray:
+    """`torch._utils._rebuild_parameter`."""
+    if not isinstance(tensor, np.ndarray):
+        raise ValueError("a parameter of something else than a tensor")
+    return tensor
+
+
+def _set(values: object = ()) -> set[Any]:
+    """Of few values: a list that is copied again and again is a bomb."""
+    if not isinstance(values, list | tuple) or len(values) > _SET:
+        raise ValueError(f"a set of something else than a list of at most {_SET}")
+    return set(values)
+
+
 _NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _Function(OrderedDict),
+    ("collections", "OrderedDict"): _Function(lambda: _Dict()),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Function(lambda tensor, *_: tensor),
-    ("torch", "Size"): _Function(tuple),
+    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+    ("torch", "Size"): _Function(_size),
     # A name, not numpy's dtype, which has a __setstate__ of its own.
     **{("torch", name): name for name in (*_STORAGES, *_DTYPES)},
-    **{(module, "set"): _Function(set) for module in ("builtins", "__builtin__")},
+    **{(module, "set"): _Function(_set) for module in ("builtins", "__builtin__")},
 }
 
 

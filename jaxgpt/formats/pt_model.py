@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.errors import InputError, first
+from jaxgpt.field_checks import shortened
 from jaxgpt.formats import pt_file
 from jaxgpt.formats.safetensors_file import DTYPES
 
@@ -72,7 +73,9 @@ def read(path: str | Path, overrides: Mapping[str, Any]) -> PTModel:
     """
     content = pt_file.read(path)
     notices: list[str] = []
-    tensors = _named(_state(Path(path), content), notices)
+    state = _state(Path(path), content)
+    pt_file.refuse_repeated(Path(path), state)
+    tensors = _named(state, notices)
     settings = _settings(content) | {_canonical(key): value for key, value in overrides.items()}
     tensors, is_linear = _in_conv1d_layout(tensors)
     hf = _config(Path(path), settings, tensors, is_linear, notices)
@@ -106,9 +109,10 @@ def _named(state: Mapping[str, np.ndarray], notices: list[str]) -> dict[str, np.
         else:
             name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
             if str(tensor.dtype) not in DTYPES.values():
-                raise InputError(f"{name} is {tensor.dtype}; jaxgpt reads {', '.join(DTYPES.values())}")
+                raise InputError(f"{first([name])} is {tensor.dtype}; jaxgpt reads {', '.join(DTYPES.values())}")
             if name in tensors:
-                raise InputError(f"the file has {name} twice, with and without a prefix ({full}); keep one")
+                both = f"{first([name])} twice, with and without a prefix ({first([full])})"
+                raise InputError(f"the file has {both}; keep one")
             tensors[name] = tensor
     notices += [f"dropped {kind}: {first(sorted(names), 2)}" for kind, names in dropped.items() if names]
     return tensors
@@ -129,7 +133,7 @@ def _settings(content: Mapping[Any, Any]) -> dict[str, Any]:
             for values in (group, nested if isinstance(nested, Mapping) else {}):
                 found |= {_canonical(name): value for name, value in values.items() if isinstance(name, str)}
     known = set(_SETTING_NAMES.values())
-    return {name: value for name, value in found.items() if name in known and value is not None}
+    return {name: value for name, value in found.items() if name in known and isinstance(value, str | int | float)}
 
 
 def _in_conv1d_layout(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], bool]:
@@ -162,7 +166,7 @@ def _config(
         "n_positions": positions[0],
         "n_layer": len(layers),
     }
-    wrong = [f"{name}={settings[name]}, its tensors say {value}" for name, value in measured.items()
+    wrong = [f"{name}={shortened(settings[name])}, its tensors say {value}" for name, value in measured.items()
              if settings.get(name, value) != value]  # fmt: skip
     if wrong:
         raise InputError(f"{path} has {first(wrong)}; correct it with --set")

@@ -3,71 +3,114 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.formats.gguf_header import Array
 from jaxgpt.settings import InspectSettings
 from jaxgpt.verbs.output import Output, waiting
 
 if TYPE_CHECKING:
     from jaxgpt.tensor_statistics import TensorStatistics
 
-LEFT_OUT = {"parameters", "provenance", "tokenizer"}
+LEFT_OUT = {"parameters", "provenance", "tokenizer", "metadata", "settings"}
 """Of the description, what people get in other lines."""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What was found without reading more than headers, unless more was asked for."""
+
+    description: dict[str, Any]
+    arrays: Mapping[str, Any]
+    """By name; of files views, whose values nobody has read yet."""
+    listed: Mapping[str, dict[str, Any]] | None = None
+    """Shape and dtype by name, where the file tells them."""
+
+
 def inspect(settings: InspectSettings, output: Output) -> int:
-    """What a folder or GGUF file holds; exit code 1 if a tensor cannot be right.
+    """What a folder or a file of tensors holds; exit code 1 if a tensor cannot be right.
 
-    The text form reads arrays for `--tensors` only; JSON always has their statistics.
+    Arrays are read for `--tensors` only; of a model's folder JSON always has their statistics.
     """
-    if Path(settings.directory).is_file():
-        return _gguf(settings, output)
-    is_hf = (Path(settings.directory) / "config.json").is_file()
     with waiting("reading"):
-        read = _hugging_face if is_hf else _checkpoint
-        description, params = read(settings.directory, tensors=settings.tensors or output.json, output=output)
-        found = _statistics(params)
+        seen = _seen(Path(settings.directory), settings.tensors, output)
+        is_model, is_gguf = seen.listed is None, seen.description.get("format") == "gguf"
+        wanted = settings.tensors or (output.json and is_model)
+        found = _statistics(seen.arrays) if wanted and not is_gguf else []
+        wrong = _mislabelled(seen.arrays)
+    alarms = sum(bool(entry.alarm) for entry in found) + bool(wrong)
     if output.json:
-        by_name = {entry.name: _json(entry) for entry in found}
-        output.result({**description, "parameters": by_name, "alarms": sum(bool(entry.alarm) for entry in found)})
-    else:
-        _describe(description, output)
-        _table(found, output)
-    return 1 if any(entry.alarm for entry in found) else 0
+        numbers = {entry.name: _json(entry) for entry in found}
+        by_name = {name: {**entry, **numbers.get(name, {})} for name, entry in (seen.listed or numbers).items()}
+        output.result({**seen.description, "parameters": by_name, "alarms": alarms, "mislabelled": wrong or None})
+        return 1 if alarms else 0
+    _describe(seen.description, output)
+    computed = {entry.name for entry in found}
+    for name, entry in (seen.listed or {}).items():
+        if name not in computed and (settings.tensors or not is_gguf):
+            output.say(f"{name:<34}{'×'.join(map(str, entry['shape'])):<16}{entry['dtype']}")
+    _table(found, output)
+    if wrong:
+        output.say(f"ALARM: {wrong}")
+    return 1 if alarms else 0
 
 
-def _checkpoint(directory: str, *, tensors: bool, output: Output) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def _seen(place: Path, tensors: bool, output: Output) -> _Seen:
+    from jaxgpt import step_folder
+    from jaxgpt.formats import tensor_files
+
+    if (place / "config.json").is_file():
+        return _hugging_face(place, tensors or output.json, output)
+    file = None if step_folder.is_checkpoint(place) else tensor_files.the_file(place)
+    if file is None:
+        return _checkpoint(place, tensors or output.json)
+    return _gguf(file) if tensor_files.is_gguf(file) else _tensor_file(file, tensors)
+
+
+def _checkpoint(directory: Path, tensors: bool) -> _Seen:
     from jaxgpt import checkpoint
 
     description = checkpoint.describe(directory)
-    return description, checkpoint.load(directory).params if tensors else {}
+    return _Seen(description, checkpoint.load(directory).params if tensors else {})
 
 
-def _hugging_face(directory: str, *, tensors: bool, output: Output) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def _hugging_face(directory: Path, tensors: bool, output: Output) -> _Seen:
+    from jaxgpt import step_folder
     from jaxgpt.formats import hf
 
-    found = hf.read(directory)
+    found = hf.read(directory, every_value=tensors)
+    wrong = _mislabelled(found.params)
     for notice in found.notices:
-        output.note(notice)
+        if notice != wrong:  # said as an alarm
+            output.note(notice)
     description: dict[str, Any] = {
-        "path": str(Path(directory).absolute()),
+        "path": str(directory.absolute()),
         "format": "hf",
+        "model_type": found.model_type,
         **found.config.to_dict(),
         "dtype": found.dtype,
         "eos_token_ids": found.eos_token_ids,
         "parameter_count": sum(math.prod(array.shape) for array in found.params.values()),
+        "tokenizer": step_folder.tokenizer_summary(found.tokenizer),
         "template": found.template and found.template.name,
     }
-    return description, found.params if tensors else {}
+    return _Seen(description, found.params)
 
 
-def _gguf(settings: InspectSettings, output: Output) -> int:
-    """What a GGUF file declares; its tensors are not read."""
+def _tensor_file(path: Path, tensors: bool) -> _Seen:
+    from jaxgpt.formats import tensor_files
+
+    found = tensor_files.read(path, every_value=tensors)
+    description = {"path": str(path.absolute()), "format": found.format, **found.summary(), "settings": found.settings}
+    listed = {n: {"shape": list(array.shape), "dtype": str(array.dtype)} for n, array in found.tensors.items()}
+    return _Seen(description, found.tensors, listed)
+
+
+def _gguf(path: Path) -> _Seen:
+    """What a GGUF file declares; of its tensors none that is quantised can be read."""
     from jaxgpt.formats import gguf_header
 
-    path = Path(settings.directory)
     found = gguf_header.read(path)
     tensors = {t.name: {"shape": list(t.shape), "dtype": t.dtype, "bytes": t.size} for t in found.tensors}
     description: dict[str, Any] = {
@@ -76,27 +119,27 @@ def _gguf(settings: InspectSettings, output: Output) -> int:
         "gguf_version": found.version,
         "parameter_count": sum(math.prod(t.shape) for t in found.tensors),
         "tensor_count": len(tensors),
+        "metadata": {key: _metadata_json(value) for key, value in found.metadata.items()},
     }
-    if output.json:
-        metadata = {key: _metadata_json(value) for key, value in found.metadata.items()}
-        output.result({**description, "metadata": metadata, "parameters": tensors})
-        return 0
-    _describe(description, output)
-    for key, value in found.metadata.items():
-        output.say(f"{key:<46}{_metadata_text(value)}")
-    for tensor in found.tensors if settings.tensors else ():
-        output.say(f"{tensor.name:<34}{'×'.join(map(str, tensor.shape)):<16}{tensor.dtype}")
-    return 0
+    return _Seen(description, gguf_header.views(path, found), tensors)
+
+
+def _mislabelled(arrays: Mapping[str, Any]) -> str:
+    from jaxgpt.formats.mislabelled import mislabelled
+
+    return mislabelled(arrays)
 
 
 def _metadata_json(value: Any) -> Any:
+    from jaxgpt.formats.gguf_header import Array
+
     return {"length": value.length, "first": value.first} if isinstance(value, Array) else value
 
 
 def _metadata_text(value: Any) -> str:
-    if isinstance(value, Array):
-        more = " …" if value.length > len(value.first) else ""
-        return f"{value.length:,} values: {' '.join(map(repr, value.first))}{more}"
+    if isinstance(value, dict):
+        more = " …" if value["length"] > len(value["first"]) else ""
+        return f"{value['length']:,} values: {' '.join(map(repr, value['first']))}{more}"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}… ({len(text):,} characters)"
 
@@ -114,15 +157,23 @@ def _json(entry: "TensorStatistics") -> dict[str, Any]:
 def _describe(description: Mapping[str, Any], output: Output) -> None:
     for key, value in description.items():
         if key not in LEFT_OUT:
-            shown = f"{value:,}" if key == "parameter_count" else value
-            output.say(f"{key:<26}{shown}")
+            output.say(f"{key:<26}{_shown(key, value)}")
     tokenizer = description.get("tokenizer")
     if tokenizer:
         output.say(f"{'tokenizer':<26}{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens")
         for name, special in tokenizer["specials"].items():
             output.say(f"  {name:<24}{special['id']} {special['text']}")
-    for key, value in (description.get("provenance") or {}).items():
-        output.say(f"{'provenance.' + key:<26}{value}")
+    for group in ("provenance", "settings"):
+        for key, value in (description.get(group) or {}).items():
+            output.say(f"{f'{group}.{key}':<25} {value}")
+    for key, value in description.get("metadata", {}).items():
+        output.say(f"{key:<46}{_metadata_text(value)}")
+
+
+def _shown(key: str, value: Any) -> Any:
+    if key in ("parameter_count", "value_count"):
+        return f"{value:,}"
+    return ", ".join(f"{count}× {dtype}" for dtype, count in value.items()) if key == "dtypes" else value
 
 
 def _table(found: "list[TensorStatistics]", output: Output) -> None:
