@@ -40,11 +40,13 @@ VERBS = (
     Verb("bench", s.BenchSettings, "bench:bench", "measure prefill and decode speed"),
     Verb("import", s.ImportSettings, "convert:import_", "turn a Hugging Face folder into a checkpoint"),
     Verb("export", s.ExportSettings, "convert:export", "turn a checkpoint into a Hugging Face folder or a GGUF file"),
+    Verb("tokenizer add", s.TokenizerAddSettings, "tokenizer:add", "give a model more tokens of content"),
+    Verb("tokenizer repair", s.TokenizerRepairSettings, "tokenizer:repair", "put a checkpoint's tokenizer right"),
     Verb("hub download", s.HubDownloadSettings, "hub:download", "fetch models of the Hugging Face hub"),
     Verb("hub upload", s.HubUploadSettings, "hub:upload", "put a checkpoint or Hugging Face folder on the hub"),
     Verb("hub list", s.HubListSettings, "hub:list_", "name the models of a user or organisation"),
 )
-GROUPS = ("data", "hub")
+GROUPS = ("data", "tokenizer", "hub")
 """First words of verbs that have two."""
 
 EXAMPLES = """\
@@ -139,7 +141,7 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
 
 
 def _lines(verbs: Sequence[Verb]) -> list[str]:
-    return [f"  {verb.name:<14}{verb.summary}" for verb in verbs]
+    return [f"  {verb.name:<18}{verb.summary}" for verb in verbs]
 
 
 def _help() -> str:

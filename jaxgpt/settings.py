@@ -276,10 +276,10 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """`jaxgpt inspect`: what a checkpoint, Hugging Face folder or GGUF file holds."""
+    """`jaxgpt inspect`: what a checkpoint, Hugging Face folder or file of tensors holds."""
 
     directory: str = field(**_POSITIONAL)
-    """checkpoint folder, Hugging Face folder, or GGUF file"""
+    """checkpoint folder, Hugging Face folder, or one .pt, .bin, .safetensors or GGUF file"""
     tensors: bool = False
     """every tensor's shape, dtype, statistics and first elements; of a GGUF file shape and dtype"""
 
@@ -439,3 +439,29 @@ class HubListSettings:
 
     groups: tuple[str, ...] = field(**_POSITIONAL)
     """users or organisations, such as openai-community"""
+
+
+@dataclass(frozen=True)
+class TokenizerAddSettings:
+    """`jaxgpt tokenizer add`: a checkpoint with more tokens of content."""
+
+    directory: str = field(**_POSITIONAL)
+    """checkpoint folder"""
+    out: str = field(**_POSITIONAL)
+    """checkpoint folder to write"""
+    token: tuple[str, ...] = ()
+    """a token to add, such as <MUL_2_3_6> (repeatable)"""
+    tokens: str = ""
+    """file with one token to add on each line"""
+
+
+@dataclass(frozen=True)
+class TokenizerRepairSettings:
+    """`jaxgpt tokenizer repair`: put right what was saved wrongly of a tokenizer."""
+
+    directory: str = field(**_POSITIONAL)
+    """run folder, or one step's folder"""
+    adopt: bool = False
+    """take ids over that are only guessed, after you compared them with what the model was trained with"""
+    token: tuple[str, ...] = ()
+    """a special token that is content, whatever it looks like (repeatable)"""

@@ -7,10 +7,10 @@ these facts, so that loading never depends on what today's code would generate.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.errors import InputError
+from jaxgpt.errors import InputError, first
 from jaxgpt.special_tokens import (
     ALWAYS,
     END,
@@ -198,6 +198,20 @@ class Tokenizer:
         more = -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
         rows = self.model_vocab_size if needed <= self.model_vocab_size else more
         return Tokenizer(self.kind, self.encoder, self.specials, rows, added=added)
+
+    def with_content(self, texts: Collection[str]) -> "Tokenizer":
+        """This tokenizer with some of its special tokens as added ones: content that decoding prints, under their ids.
+
+        Raises:
+            InputError: one that is no special token, or the end of text.
+        """
+        unknown = [text for text in texts if text not in self._id_of_text]
+        if unknown:
+            raise InputError(f"{first(unknown)}: no special token of this tokenizer")
+        encoder = self.encoder.with_content([text for text in texts if text in self.encoder.specials])
+        added = {text: self._id_of_text[text] for text in texts if text not in self.encoder.specials}
+        kept = [special for special in self.specials if special.text not in texts]
+        return Tokenizer(self.kind, encoder, kept, self.model_vocab_size, added={**self._added, **added})
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of the text.

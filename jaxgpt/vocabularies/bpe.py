@@ -7,7 +7,7 @@ the package reads it once. Special tokens are never found in text, whatever was 
 
 import json
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,21 @@ class ByteLevelEncoder(Encoder):
         steps = split_rules.flat(section(self._library.pre_tokenizer))
         prefixed = any(step.get("type") == "ByteLevel" and step.get("add_prefix_space", True) for step in steps)
         return f" {text}" if prefixed and text and not text[0].isspace() else text
+
+    def with_content(self, texts: Collection[str]) -> "Encoder":
+        """See `Encoder`; changes what the files say of these tokens."""
+        if not texts:
+            return self
+
+        def changed(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [{**note, "special": False} if note["content"] in texts else note for note in notes]
+
+        data: dict[str, Any] = {**self._data, "added": changed(self._data["added"])}
+        if "tokenizer.json" in data:
+            content = json.loads(data["tokenizer.json"])
+            content["added_tokens"] = changed(content.get("added_tokens") or [])
+            data["tokenizer.json"] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        return self.restore(data)
 
     def not_honoured(self) -> list[str]:
         """In a line at most, special tokens that the package looks for in normalised text, and jaxgpt in the text."""

@@ -77,6 +77,15 @@ class Encoder(ABC):
         """What decoding the ids of the text gives back."""
         return text
 
+    def with_content(self, texts: Collection[str]) -> "Encoder":
+        """The same vocabulary with some of its own special tokens as added ones; InputError where they must be special.
+
+        Every id stays.
+        """
+        if texts:
+            raise InputError(f"{first(list(texts))} must stay special: this kind of vocabulary has it so")
+        return self
+
     @abstractmethod
     def data(self) -> dict[str, Any]:
         """What `restore` needs, as JSON values."""

@@ -12,7 +12,6 @@ from collections.abc import Container, Iterator, Mapping
 
 from jaxgpt.vocabularies.kinds import SPACES, Edges
 
-
 _PLAIN = Edges()
 
 
