@@ -1,5 +1,6 @@
 """Tokens found whole in text, as tokenizers finds them; domain tokens added to a model, and what other programs see."""
 
+import dataclasses
 import json
 import random
 import unicodedata
@@ -7,11 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import llama_cpp
+import ml_dtypes
+import numpy as np
 import pytest
 import small_vocabularies as small
 import tokenizers
+import torch
+import transformers
+from conftest import CONFIGS, random_params
 from tokenizers import AddedToken
 
+from jaxgpt import checkpoint, cli, model
+from jaxgpt.chat import CHATML
+from jaxgpt.checkpoint import Checkpoint, Contents
+from jaxgpt.embedding_rows import grown
+from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.vocabularies import vocabulary_files
 from jaxgpt.vocabularies.token_matching import is_word
@@ -79,3 +93,212 @@ def test_letters_are_those_of_the_package():
     word = library.token_to_id("w")
     within = [word not in encoding.ids for encoding in library.encode_batch_fast([f"{c}w" for c in every])]
     assert [c for c, theirs in zip(every, within, strict=True) if is_word(c) != theirs] == []
+
+
+# -- Rows ------------------------------------------------------------------------------
+
+REAL = range(100)
+"""Of CONFIGS' 131 rows, 31 are padding."""
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-biased-tied"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_new_rows_are_the_mean_of_the_real_ones_with_little_noise(name: str, dtype: Any):
+    config = CONFIGS[name]
+    params = {key: np.asarray(array).astype(dtype) for key, array in random_params(config).items()}
+    tables = [key for key in ("embed.tokens.weight", "head.weight") if key in params]
+    assert len(tables) == 2 - config.tie_word_embeddings
+    for key in tables:
+        params[key][100:] = np.nan  # padding is not in the mean
+    found = grown(params, config, 192, real=REAL, fresh=[101])
+    assert found.keys() == params.keys()
+    for key, array in params.items():
+        if key not in tables:
+            assert found[key] is array
+            continue
+        kept = [*range(101), *range(102, 131)]
+        assert (found[key].shape[0], found[key].dtype) == (192, array.dtype)
+        assert found[key][kept].tobytes() == array[kept].tobytes()
+        real, new = array[:100].astype(np.float64), found[key][[101, *range(131, 192)]].astype(np.float64)
+        away = (new - real.mean(0)) / real.std(0)
+        assert 0.005 < away.std() < 0.02
+        assert np.abs(away).max() < 0.1
+        assert len(np.unique(new, axis=0)) == 62
+    again, other = (grown(params, config, 192, real=REAL, fresh=[101], seed=seed) for seed in (0, 1))
+    assert again[tables[0]].tobytes() == found[tables[0]].tobytes() != other[tables[0]].tobytes()
+
+
+def test_an_embedding_does_not_shrink():
+    with pytest.raises(InputError, match="an embedding of 131 rows, 100 of them real, cannot have 130"):
+        grown({}, CONFIGS["llama"], 130, real=REAL)
+
+
+# -- Added to a model ------------------------------------------------------------------
+
+NEW = [f"<MUL_{n}>" for n in range(70)]
+ASKED = "2 <MUL_3><MUL_33> is<MUL_69>"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For a tied and an untied model: the checkpoint, and with NEW added `-more`."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "tokens.txt").write_bytes("\ufeff".encode() + "\r\n\n".join(NEW[1:]).encode())
+    found = vocabulary_files.read(small.as_json(folder / "vocabulary", "qwen2"))
+    bpe = Tokenizer.of_vocabulary(found.kind, found.encoder, CHATML, names=found.names, files=found.files)
+    ascii = "".join(map(chr, range(32, 127))) + "\n"
+    rows = {"gpt2": Tokenizer.create("char", template=CHATML, corpus=[ascii]), "qwen2": bpe}
+    for name, tokenizer in rows.items():
+        config = dataclasses.replace(
+            CONFIGS[name],
+            vocab_size=tokenizer.model_vocab_size,
+            num_hidden_layers=1,
+            tie_word_embeddings=name == "gpt2",
+        )
+        contents = Contents(
+            config, random_params(config), "sft", "float32", list(tokenizer.stop_ids), tokenizer, CHATML,
+            {"model_type": name},
+        )  # fmt: skip
+        checkpoint.save(folder / name, 7, contents).result()
+        words = ["--token", NEW[0], "--tokens", str(folder / "tokens.txt")]
+        assert cli.main(["tokenizer", "add", str(folder / name), str(folder / f"{name}-more"), *words]) == 0
+    return folder
+
+
+@pytest.fixture(params=["gpt2", "qwen2"])
+def pair(models: Path, request: pytest.FixtureRequest) -> tuple[Checkpoint, Checkpoint]:
+    before, after = (checkpoint.load(models / f"{request.param}{suffix}") for suffix in ("", "-more"))
+    return before, after
+
+
+def logits(found: Checkpoint, ids: np.ndarray) -> np.ndarray:
+    params = {name: jnp.asarray(array) for name, array in found.params.items()}
+    return np.asarray(jax.jit(model.forward, static_argnums=0)(found.config, params, jnp.asarray(ids)).logits)
+
+
+def test_the_model_computes_what_it_did_and_no_new_token_wins(pair: tuple[Checkpoint, Checkpoint]):
+    before, after = pair
+    assert before.tokenizer is not None
+    assert after.tokenizer is not None
+    real, end = before.tokenizer.vocab_size, after.tokenizer.vocab_size
+    ids = np.random.default_rng(0).integers(0, real, (8, 64))
+    old, new = logits(before, ids), logits(after, ids)
+    np.testing.assert_allclose(new[..., :real], old[..., :real], rtol=0, atol=2e-6 * np.abs(old).max())
+    assert (new[..., real:].max(-1) < old[..., :real].max(-1)).all()
+    mixed = np.concatenate([ids[:1, :32], np.arange(real, end)[None, :32]], axis=1)
+    assert np.isfinite(logits(after, mixed)).all()
+
+
+def test_everything_else_of_the_checkpoint_is_kept(pair: tuple[Checkpoint, Checkpoint]):
+    before, after = pair
+    assert before.tokenizer is not None
+    assert after.tokenizer is not None
+    rows = after.config.vocab_size
+    assert after.config == dataclasses.replace(before.config, vocab_size=rows)
+    assert rows == after.tokenizer.model_vocab_size > before.config.vocab_size
+    for name in ("step", "stage", "compute_dtype", "eos_token_ids", "template"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.provenance["added_tokens"] == 70
+    assert after.provenance["parent"] == str(before.path)
+    assert after.provenance["embedding_rows"] == [before.config.vocab_size, rows]
+    assert after.tokenizer.specials == before.tokenizer.specials
+    first = before.tokenizer.vocab_size
+    assert [after.tokenizer.encode(text) for text in NEW] == [[id] for id in range(first, first + 70)]
+    ids = after.tokenizer.encode(ASKED)
+    assert after.tokenizer.decode(ids, skip_specials=True) == ASKED
+
+
+@pytest.mark.slow
+def test_the_model_with_new_tokens_passes_its_check(models: Path):
+    assert cli.main(["check", str(models / "qwen2-more"), "--no-memorize"]) == 0
+
+
+def test_it_learns_the_new_tokens_and_answers_with_them(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    known = checkpoint.load(models / "gpt2-more")
+    assert known.tokenizer is not None
+    # It expects the characters of the prompt, and so is no damaged model to SFT, which does not ask it for new tokens.
+    embedding = known.params["embed.tokens.weight"]
+    known.params["final_norm.bias"] = embedding[known.tokenizer.encode("23*user\nassistant")].sum(0)
+    known.params["final_norm.weight"] = known.params["final_norm.weight"] / 16
+    fields = [field.name for field in dataclasses.fields(Contents)]
+    checkpoint.save(tmp_path / "known", 7, Contents(**{name: getattr(known, name) for name in fields})).result()
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "2*3", "completion": "<MUL_3><MUL_1>"}\n' * 8)
+    words = ["--data", str(tmp_path / "chats.jsonl"), "--out", str(tmp_path / "run"), "--steps", "30"]
+    words += ["--batch-size", "4", "--sequence-length", "32", "--learning-rate", "0.03", "--warmup-steps", "0"]
+    assert cli.main(["sft", "--model", str(tmp_path / "known"), "--accept-loss", *words]) == 0
+    capsys.readouterr()
+    assert cli.main(["chat", str(tmp_path / "run"), "2*3", "--greedy", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out == "<MUL_3><MUL_1>\n"
+
+
+def test_transformers_reads_the_same_tokens_and_logits(
+    models: Path, pair: tuple[Checkpoint, Checkpoint], tmp_path: Path
+):
+    after = pair[1]
+    assert after.tokenizer is not None
+    assert cli.main(["export", str(after.path), str(tmp_path / "hf")]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = after.tokenizer.encode(ASKED)
+    assert [theirs.encode(text, add_special_tokens=False) for text in NEW] == [[after.tokenizer.added[t]] for t in NEW]
+    assert theirs.encode(ASKED, add_special_tokens=False) == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == ASKED
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert peer.get_input_embeddings().weight.shape[0] == after.config.vocab_size
+    with torch.no_grad():
+        expected = peer(torch.tensor([ids])).logits.numpy()
+    found = logits(after, np.asarray([ids]))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_llama_cpp_reads_the_same_tokens(models: Path, tmp_path: Path):
+    questions: list[Any] = []
+    for name in ("gpt2", "qwen2"):
+        path = tmp_path / f"{name}.gguf"
+        assert cli.main(["export", str(models / f"{name}-more"), str(path), "--format", "gguf"]) == 0
+        tokenizer = checkpoint.load(models / f"{name}-more").tokenizer
+        assert tokenizer is not None
+        ids = tokenizer.encode(ASKED)
+        questions.append((path, [("/tokenize", {"content": ASKED}), ("/detokenize", {"tokens": ids})], ids))
+    answers = llama_cpp.ask_all([question[:2] for question in questions])
+    for (tokenized, back), (_, _, ids) in zip(answers, questions, strict=True):
+        assert tokenized["tokens"] == ids
+        assert back["content"] == ASKED
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no token to add; give --token STR, or --tokens FILE with one a line"),
+        (["--token", "<|im_end|>"], "<|im_end|> is token 354 already; leave it out"),
+        (["--token", ""], "an added token is an empty string; give it one"),
+        (["--token", "assistant\n"], "'assistant\\n' stands in what template chatml writes, and would change every p"),
+        (["--tokens", "{}/none.txt"], "{}/none.txt cannot be read (No such file or directory); give a file with one"),
+        (["--tokens", "{}/latin.txt"], "{}/latin.txt is no UTF-8 text (byte 1); save it as UTF-8"),
+    ],
+)
+def test_tokens_that_cannot_be_added_are_refused(
+    words: list[str], message: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "latin.txt").write_bytes(b"<\xe9>")
+    words = [word.format(tmp_path) for word in words]
+    assert cli.main(["tokenizer", "add", str(models / "gpt2"), str(tmp_path / "out"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"jaxgpt: {message.format(tmp_path)}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_says_where_the_tokens_went(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = str(models / "gpt2")
+    assert cli.main(["tokenizer", "add", source, str(tmp_path / "a"), "--token", "<a>", "--token", "<b>"]) == 0
+    assert capsys.readouterr().out == (
+        "     356  <a>\n     357  <b>\n"
+        f"added 2 tokens; in spare rows of the embedding, which keeps its 384; wrote {tmp_path / 'a'}\n"
+    )
+    words = [word for text in NEW for word in ("--token", text)]
+    assert cli.main(["tokenizer", "add", source, str(tmp_path / "b"), *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == [384, 448]
+    assert found["added"] == {text: 356 + n for n, text in enumerate(NEW)}
+    assert cli.main(["tokenizer", "add", source, str(tmp_path / "b"), *words]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
