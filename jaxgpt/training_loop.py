@@ -160,7 +160,7 @@ class Loop:
             gates.check_fresh(self.r.config, self.state.params, self.dtype)
             return
         sample = list(self.r.held_out[:4]) or [self._peek()]
-        new = [s.id for s in self.r.tokenizer.specials if s.id >= self.r.tokenizer.base_vocab_size]
+        new = range(self.r.tokenizer.base_vocab_size, self.r.tokenizer.vocab_size)
         loss = evaluate(self.r.config, self.state.params, gates.known_targets(sample, new), self.dtype)
         gates.check_loaded(self.r.config, loss, accept=self.settings.accept_loss)
 
