@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import CONFIGS, random_params
+from hostile_weights import edit_json, edit_tensors, header_of
 
 from jaxgpt import checkpoint, config, weights
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
-from jaxgpt.formats import hf, hf_weights, importing, safetensors_file
+from jaxgpt.formats import hf, importing, safetensors_file
 from jaxgpt.formats.mislabelled import mislabelled
 from jaxgpt.tokenizer import Tokenizer
 
@@ -78,17 +78,6 @@ def equal_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
         a.dtype == right[name].dtype and torch.equal(a.view(torch.uint8), right[name].view(torch.uint8))
         for name, a in left.items()
     )
-
-
-def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(change(content) or content))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = safetensors.torch.load_file(folder / hf.WEIGHTS)
-    change(tensors)
-    safetensors.torch.save_file(tensors, folder / hf.WEIGHTS, {"format": "pt"})
 
 
 # -- There and back ----------------------------------------------------------------------
@@ -235,158 +224,6 @@ def test_a_gpt2_tokenizer_comes_back_with_its_special_tokens(tmp_path: Path, tem
 
 
 # -- Refused -----------------------------------------------------------------------------
-
-
-def index(folder: Path, weight_map: Any) -> None:
-    (folder / hf.WEIGHTS).rename(folder / "a.safetensors")
-    (folder / hf_weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def header_of(folder: Path, change: Callable[[Any], Any]) -> None:
-    """Rewrite the header of the weights file, as anyone can."""
-    path = folder / hf.WEIGHTS
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    content = json.loads(data[8 : 8 + length])
-    text = json.dumps(change(content) or content).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-
-
-def lie_about_size(folder: Path) -> None:
-    huge = {"dtype": "F32", "shape": [2**41], "data_offsets": [0, 2**43]}
-    (folder / hf.WEIGHTS).write_bytes(b"")
-    text = json.dumps({"transformer.wte.weight": huge}).encode()
-    (folder / hf.WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(1000))
-
-
-FIRST = "transformer.wte.weight"
-NORM0, NORM1 = "transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.weight"
-REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read (No such file or directory)"),
-    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not readable JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
-    "model type": (
-        lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="mamba")),
-        "model_type 'mamba'; jaxgpt reads gpt2, llama, mistral, qwen2, qwen3",
-    ),
-    "a billion layers": (
-        lambda f: edit_json(f / "config.json", lambda c: c.update(n_layer=10**9)),
-        "config.json has num_hidden_layers=1,000,000,000, model.safetensors has 28 tensors",
-    ),
-    "no weights": (
-        lambda f: (f / hf.WEIGHTS).unlink(),
-        "has no weights: none of model.safetensors, model.safetensors.index.json, pytorch_model.bin, ",
-    ),
-    "missing tensors": (
-        lambda f: edit_tensors(f, lambda t: [t.pop(n) for n in list(t) if ".h.1." in n and "bias" in n] and None),
-        "model.safetensors lacks 6 of 28 tensors (first: transformer.h.1.ln_1.bias, transformer.h.1.attn.c_attn.bias",
-    ),
-    "a tensor too many": (
-        lambda f: edit_tensors(f, lambda t: t.update(extra=torch.ones(3))),
-        "model.safetensors has 1 tensors the model does not (first: extra)",
-    ),
-    "another shape": (
-        lambda f: edit_tensors(f, lambda t: t.update({FIRST: torch.ones(130, 36)})),
-        "has 1 misshapen tensors (transformer.wte.weight is [130, 36], model [131, 36])",
-    ),
-    "another tied head": (
-        lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(131, 36)})),
-        "lm_head.weight differs from transformer.wte.weight, but config.json ties them",
-    ),
-    "integers": (
-        lambda f: edit_tensors(f, lambda t: t.update({FIRST: torch.ones(131, 36, dtype=torch.int8)})),
-        "tensor transformer.wte.weight is int8; jaxgpt reads float32, bfloat16, float16",
-    ),
-    "path escape": (
-        lambda f: index(f, {FIRST: "../x.safetensors"}),
-        "index names ../x.safetensors, outside the model directory; refused",
-    ),
-    "absolute path": (
-        lambda f: index(f, {FIRST: "/etc/passwd"}),
-        "index names /etc/passwd, outside the model directory; refused",
-    ),
-    "a name no file has": (
-        lambda f: index(f, {FIRST: "a\0b"}),
-        "index names a\0b, outside the model directory; refused",
-    ),
-    "index with a name that no file can have": (
-        lambda folder: index(folder, {"transformer.wte.weight": "x" * 10_000}),
-        " cannot be read: File name too long",
-    ),
-    "a pipe": (
-        lambda f: ((f / hf.WEIGHTS).unlink(), os.mkfifo(f / hf.WEIGHTS)),
-        "model.safetensors is a folder, pipe or device, not a file; give",
-    ),
-    "a number of 5,000 digits": (
-        lambda f: (f / hf.WEIGHTS).write_bytes((5000).to_bytes(8, "little") + b"9" * 5000),
-        "model.safetensors is no safetensors file: its header is not JSON",
-    ),
-    "index without map": (lambda f: index(f, 3), "has no weight_map from tensors to files"),
-    "index of other tensors": (lambda f: index(f, {"x": "a.safetensors"}), "and a.safetensors disagree on 29 tensors"),
-    "shard missing": (
-        lambda f: index(f, {FIRST: "b.safetensors"}),
-        "b.safetensors cannot be read: No such file or directory",
-    ),
-    "size bomb": (lie_about_size, "header declares 8 TiB, file is 1 KB; refused"),
-    "header longer than the file": (
-        lambda f: (f / hf.WEIGHTS).write_bytes((2**43).to_bytes(8, "little") + bytes(1016)),
-        "header declares 8 TiB, file is 1.02 KB; refused",
-    ),
-    "empty": (lambda f: (f / hf.WEIGHTS).write_bytes(b""), "file is 0 bytes; refused"),
-    "truncated": (
-        lambda f: (f / hf.WEIGHTS).write_bytes((f / hf.WEIGHTS).read_bytes()[:-1]),
-        "; refused",
-    ),
-    "bytes at the end": (
-        lambda f: (f / hf.WEIGHTS).write_bytes((f / hf.WEIGHTS).read_bytes() + b"x"),
-        "; refused",
-    ),
-    "header no JSON": (
-        lambda f: (f / hf.WEIGHTS).write_bytes((8).to_bytes(8, "little") + b"{" * 8),
-        "model.safetensors is no safetensors file: its header is not JSON",
-    ),
-    "pickle": (
-        lambda f: (f / hf.WEIGHTS).write_bytes(b"\x80\x04\x95\x0b\x00\x00\x00\x00" + bytes(100)),
-        "header declares",
-    ),
-    "shape and bytes disagree": (
-        lambda f: header_of(f, lambda h: h[FIRST].update(shape=[131, 35])),
-        "does not fill its bytes",
-    ),
-    "overlapping tensors": (
-        lambda f: header_of(f, lambda h: h[NORM0].update(data_offsets=h[NORM1]["data_offsets"])),
-        "does not begin where the one before ends; refused",
-    ),
-    "negative shape": (lambda f: header_of(f, lambda h: h[FIRST].update(shape=[-131, -36])), "does not fill its bytes"),
-    "unknown dtype": (
-        lambda f: header_of(f, lambda h: h[FIRST].update(dtype="F33")),
-        "tensor transformer.wte.weight is not described as safetensors does; refused",
-    ),
-    "eos a string": (
-        lambda f: edit_json(f / "config.json", lambda c: c.update(eos_token_id="</s>")),
-        "eos_token_id must be an integer or a list of them, got '</s>'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, case: str):
-    folder = a_folder(tmp_path / "hf")
-    break_it, message = REFUSED[case]
-    break_it(folder)
-    with pytest.raises(InputError) as caught:
-        importing.import_model(folder, tmp_path / "ours")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ours").exists()
-
-
-def test_a_tensor_named_twice_is_refused(tmp_path: Path):
-    folder = a_folder(tmp_path / "hf")
-    data = (folder / hf.WEIGHTS).read_bytes()
-    (folder / hf.WEIGHTS).write_bytes(data.replace(b'"transformer.wpe.weight"', b'"transformer.wte.weight"', 1))
-    with pytest.raises(InputError, match="safetensors header has 'transformer.wte.weight' twice; keep one of them"):
-        hf.read(folder)
 
 
 @pytest.mark.parametrize("command", [importing.import_model, hf.export_hf])

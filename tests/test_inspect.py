@@ -13,8 +13,9 @@ import pytest
 import safetensors.torch
 import small_vocabularies as small
 import torch
-from test_hf_format import a_folder, edit_json
-from test_pt_import import nano_file, nano_state
+from hostile_weights import edit_json
+from nano_files import nano_file, nano_state
+from test_hf_format import a_folder
 
 from jaxgpt import cli
 from jaxgpt.formats import hf_weights, safetensors_file

@@ -1,12 +1,6 @@
 """Files of PyTorch training scripts: read without torch, the same function, and nothing in them runs."""
 
-import argparse
-import copy
-import io
 import math
-import pickle
-import struct
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hostile_pt import FLOATS, a_tensor, archive, saved
+from nano_files import SIZES, nano_file, nano_state
 from torch import nn
 
 from jaxgpt import checkpoint, lm
@@ -23,33 +19,6 @@ from jaxgpt.errors import InputError
 from jaxgpt.formats import importing, pt_file
 
 # -- A plain re-implementation of nanoGPT's forward --------------------------------------
-
-SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 20, "vocab_size": 37, "dropout": 0.0}
-
-
-def nano_state(*, bias: bool, seed: int = 0) -> "OrderedDict[str, torch.Tensor]":
-    """Parameters as nanoGPT's `GPT` names and lays them out: Linear (out, in), biases only where asked for."""
-    torch.manual_seed(seed)
-    width = SIZES["n_embd"]
-    state: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    def add(name: str, *shape: int, mean: float = 0.0) -> None:
-        state[f"{name}.weight"] = mean + 0.3 * torch.randn(shape)
-        if bias and not name.endswith(("wte", "wpe")):
-            state[f"{name}.bias"] = 0.3 * torch.randn(shape[0])
-
-    add("transformer.wte", SIZES["vocab_size"], width)
-    add("transformer.wpe", SIZES["block_size"], width)
-    for i in range(SIZES["n_layer"]):
-        add(f"transformer.h.{i}.ln_1", width, mean=1.0)
-        add(f"transformer.h.{i}.attn.c_attn", 3 * width, width)
-        add(f"transformer.h.{i}.attn.c_proj", width, width)
-        add(f"transformer.h.{i}.ln_2", width, mean=1.0)
-        add(f"transformer.h.{i}.mlp.c_fc", 4 * width, width)
-        add(f"transformer.h.{i}.mlp.c_proj", width, 4 * width)
-    add("transformer.ln_f", width, mean=1.0)
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    return state
 
 
 def nano_logits(state: "OrderedDict[str, torch.Tensor]", ids: torch.Tensor) -> torch.Tensor:
@@ -73,20 +42,6 @@ def nano_logits(state: "OrderedDict[str, torch.Tensor]", ids: torch.Tensor) -> t
         x = x + linear(f"{at}.attn.c_proj", attended.transpose(1, 2).reshape(batch, time, width))
         x = x + linear(f"{at}.mlp.c_proj", F.gelu(linear(f"{at}.mlp.c_fc", norm(f"{at}.ln_2", x))))
     return F.linear(norm("transformer.ln_f", x), p["lm_head.weight"])
-
-
-def nano_file(path: Path, state: Any, **changes: Any) -> Path:
-    """ckpt.pt as nanoGPT's train.py saves it."""
-    content = {
-        "model": state,
-        "optimizer": torch.optim.AdamW([nn.Parameter(torch.zeros(2))]).state_dict(),
-        "model_args": SIZES | {"bias": False},
-        "iter_num": 7,
-        "best_val_loss": torch.tensor(1.25),
-        "config": {"out_dir": "out", "n_head": 999, "learning_rate": 6e-4},
-    }
-    torch.save(content | changes, path)
-    return path
 
 
 IDS = torch.randint(0, SIZES["vocab_size"], (3, SIZES["block_size"]), generator=torch.Generator().manual_seed(1))
@@ -266,147 +221,10 @@ def test_progress_is_in_bytes_that_only_grow_and_ends_with_all_of_them(verify: b
 # -- Hostile files ---------------------------------------------------------------------
 
 
-class Evil:
-    def __reduce__(self) -> Any:
-        return (exec, ("raise SystemExit('the file ran its own code')",))
-
-
-def archive(path: Path, program: bytes, files: dict[str, bytes] | None = None, *, compress: bool = False) -> Path:
-    """A zip like torch.save's, around any pickle."""
-    how = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    with zipfile.ZipFile(path, "w", how) as out:
-        out.writestr("archive/data.pkl", program)
-        for name, content in (files or {}).items():
-            out.writestr(f"archive/{name}", content)
-    return path
-
-
-def saved(content: Any) -> bytes:
-    """A file of torch.save."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def pickled(content: bytes) -> bytes:
-    """A file around opcodes."""
-    return b"\x80\x02" + content + b"."
-
-
-def a_tensor(*, dtype: str = "FloatStorage", numel: int = 4, offset: int = 0, size: Any = (4,), stride: Any = (1,)):
-    """Opcodes that rebuild one tensor of storage 0."""
-
-    class Storage:
-        pass
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> Any:
-            return obj.description if isinstance(obj, Storage) else None
-
-    class Call:
-        def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, OrderedDict())
-
-    storage: Any = Storage()
-    storage.description = ("storage", getattr(torch, dtype), "0", "cpu", numel)
-    buffer = io.BytesIO()
-    Pickler(buffer, 2).dump({"w": Call()})
-    return buffer.getvalue()
-
-
-FLOATS = {"data/0": np.arange(4, dtype=np.float32).tobytes()}
-
-
 def test_the_tensor_of_these_tests_is_read_where_it_does_not_lie(tmp_path: Path):
     """The control: what is refused below is refused for its lie alone."""
     read = pt_file.read(archive(tmp_path / "a.pt", a_tensor(), FLOATS))
     np.testing.assert_array_equal(read["w"], np.arange(4, dtype=np.float32))
-
-
-LIES: dict[str, tuple[bytes, dict[str, bytes], str]] = {
-    "more numbers than the file has": (a_tensor(numel=2**40, size=(2**40,)), FLOATS, "has 16 bytes, for 1,099,511"),
-    "a view past the storage": (a_tensor(size=(5,)), FLOATS, r"size \[5\] in a storage of 4 numbers"),
-    "an offset past the storage": (a_tensor(offset=1), FLOATS, r"size \[4\] in a storage of 4 numbers"),
-    "a stride past the storage": (a_tensor(stride=(2,)), FLOATS, r"size \[4\] in a storage of 4 numbers"),
-    "a stride of zero, repeated": (a_tensor(size=(9,), stride=(0,)), FLOATS, r"size \[9\] in a storage of 4"),
-    "a negative stride": (a_tensor(stride=(-1,)), FLOATS, "offset, size and stride"),
-    "a negative offset": (a_tensor(offset=-1), FLOATS, "offset, size and stride"),
-    "a size that is text": (a_tensor(size=("4",)), FLOATS, "offset, size and stride"),
-    "sizes without strides": (a_tensor(size=(2, 2)), FLOATS, "2 sizes and 1 strides"),
-    "thirty sizes": (a_tensor(size=(1,) * 30, stride=(1,) * 30), FLOATS, "30 sizes and 30 strides"),
-    "a tensor that is not there": (a_tensor(), {}, r"lacks data/0, which a tensor needs"),
-    "another dtype": (a_tensor(dtype="DoubleStorage"), FLOATS, "has 16 bytes, for 4 numbers of float64"),
-    "big-endian numbers": (a_tensor(), FLOATS | {"byteorder": b"big"}, "holds big-endian numbers"),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_tensors_that_lie_are_refused(lie: str, tmp_path: Path):
-    program, files, message = LIES[lie]
-    with pytest.raises(InputError, match=message):
-        pt_file.read(archive(tmp_path / "a.pt", program, files))
-
-
-BOMBS: dict[str, tuple[bytes, str]] = {
-    "code": (saved({"model": Evil()}), r"needs arbitrary code to load \((__builtin__|builtins)\.exec\); refused"),
-    "a function of os": (saved({"x": Path("a")}), r"needs arbitrary code to load \(pathlib\._local|\(pathlib\."),
-    "a Namespace": (saved({"args": argparse.Namespace(a=1)}), r"\(argparse\.Namespace\); refused\. Where it comes"),
-    "an instance (INST)": (pickled(b"(ios\nsystem\n"), "pickle opcode INST"),
-    "a getattr through dots": (
-        pickled(b"ctorch\n_utils._rebuild_tensor_v2\n"),
-        r"\(torch\._utils\._rebuild_tensor_v2\)",
-    ),
-    "an extension (EXT1)": (pickled(b"\x82\x01"), "pickle opcode EXT1"),
-    "a memo index of 4 billion": (pickled(b"Nr\xff\xff\xff\x7f"), "skips memo entries"),
-    "a memo entry that is not there": (pickled(b"h\x05"), "is damaged"),
-    "an empty stack": (pickled(b"0"), "pickle opcode POP|is damaged"),
-    "a call of a dict": (pickled(b"})R"), "is damaged"),
-    "attributes set on a function": (pickled(b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aNsb"), "is damaged"),
-    "slots set on a function": (
-        pickled(b"ccollections\nOrderedDict\nN}X\x04\x00\x00\x00_runNs\x86b"),
-        "state set on _Func",
-    ),
-    "attributes set on a dtype": (pickled(b"ctorch\nFloatStorage\n}X\x01\x00\x00\x00aNsb"), "is damaged"),
-    "text longer than the file": (pickled(b"X\xff\xff\xff\x7fa"), "damaged pickle"),
-    "bytes longer than memory": (pickled(b"\x8d" + b"\xff" * 7 + b"\x7fa"), "damaged pickle"),
-    "a number of a million digits": (pickled(b"L" + b"9" * 10**6 + b"L\n"), "pickle opcode LONG|damaged pickle"),
-    "a million lists in each other": (pickled(b"]" * 10**6 + b"a" * (10**6 - 1)), "more than 1,000,000 steps"),
-    "a pickle of 5 MB": (pickled(b"(" + b"N" * (5 << 20) + b"l"), r"has 5,242,\d\d\d bytes; a model's has at most"),
-    "a persistent id that is text": (pickled(b"X\x01\x00\x00\x00aQ"), "is damaged"),
-    "no end": (b"\x80\x02}", "damaged pickle"),
-    "nothing": (b"", "damaged pickle"),
-}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_pickles_that_are_programs_or_bombs_are_refused_in_one_line(bomb: str, tmp_path: Path):
-    content, message = BOMBS[bomb]
-    file = tmp_path / "a.pt"
-    if content[:2] == b"PK":
-        file.write_bytes(content)
-    else:
-        archive(file, content)
-    with pytest.raises(InputError, match=message) as refused:
-        pt_file.read(file)
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 400
-
-
-def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path):
-    file = archive(tmp_path / "a.pt", pickled(b"N"), {"data/0": b"\0" * 10**7}, compress=True)
-    assert file.stat().st_size < 20_000
-    with pytest.raises(InputError, match=r"is compressed, which torch\.save never does; refused"):
-        pt_file.read(file)
-
-
-def test_a_central_directory_that_points_elsewhere_is_refused(tmp_path: Path):
-    file = archive(tmp_path / "a.pt", a_tensor(), FLOATS)
-    content = bytearray(file.read_bytes())
-    entry = content.rindex(b"PK\x01\x02")  # of data/0, the last one
-    content[entry + 42 : entry + 46] = struct.pack("<I", 7)
-    file.write_bytes(content)
-    with pytest.raises(InputError, match="data/0 has no header where the directory says"):
-        pt_file.read(file)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path):
@@ -435,46 +253,6 @@ def test_a_flipped_byte_is_refused_or_lies_where_nothing_is_read(tmp_path: Path)
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[name], expected[name]) for name in found)
     assert refused > len(whole) / 97 / 2
-
-
-def test_the_old_format_is_refused_with_the_way_to_convert_it(tmp_path: Path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(
-        InputError, match=r"before 1\.6, which is not read; convert it where torch is installed: python"
-    ):
-        pt_file.read(tmp_path / "old.pt")
-
-
-WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no tensors": (lambda c: {"epoch": 3}, "has no tensors under model, model_state_dict, state_dict or at its top"),
-    "a list": (lambda c: [1, 2], "holds a list; expected a dict of tensors"),
-    "another architecture": (lambda c: {"model": {"encoder.weight": torch.ones(2, 2)}}, "only GPT-2's architecture"),
-    "a missing tensor": (
-        lambda c: c["model"].pop("transformer.h.1.mlp.c_fc.weight") is None or c,
-        r"lacks 1 of \d+ tensors \(first: transformer\.h\.1\.mlp\.c_fc\.weight\)",
-    ),
-    "another size": (lambda c: c["model_args"].update(n_layer=3) or c, r"has n_layer=3, its tensors say 2; correct it"),
-    "heads that do not divide": (lambda c: c["model_args"].update(n_head=5) or c, "not a multiple of n_head=5"),
-    "no embedding": (lambda c: c["model"].pop("transformer.wte.weight") is None or c, r"wte\.weight is missing"),
-    "one name twice": (
-        lambda c: c["model"].update({"module.lm_head.weight": torch.ones(37, 24)}) or c,
-        r"has lm_head\.weight twice, with and without a prefix",
-    ),
-    "integers": (
-        lambda c: c["model"].update({"transformer.ln_f.weight": torch.ones(24, dtype=torch.int32)}) or c,
-        r"transformer\.ln_f\.weight is int32; jaxgpt reads float32, bfloat16, float16",
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_file_that_is_no_gpt2_says_what_is_wrong(wrong: str, tmp_path: Path):
-    change, message = WRONG[wrong]
-    content = {"model": copy.copy(nano_state(bias=True)), "model_args": dict(SIZES)}
-    torch.save(change(content), tmp_path / "a.pt")
-    with pytest.raises(InputError, match=message):
-        importing.import_model(tmp_path / "a.pt", tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
 
 
 def test_settings_are_json_where_they_can_be():

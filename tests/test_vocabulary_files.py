@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import small_vocabularies as small
+from hostile_vocabularies import changed, framed, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -220,95 +221,20 @@ def refusal(path: Path, **options: Any) -> str:
     return message
 
 
-def changed(change: Callable[[dict[str, Any]], object], folder: Path) -> Path:
-    small.as_json(folder, "gpt-2")
-    content = json.loads((folder / "tokenizer.json").read_text())
-    change(content)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folder
-
-
-def added(**note: Any) -> Callable[[dict[str, Any]], object]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return lambda content: content["added_tokens"].append({**flags, **note})
-
-
-def split(pattern: str) -> Callable[[dict[str, Any]], object]:
-    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
-    steps.append(split_rules.byte_level(use_regex=False))
-    return lambda content: content.update(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
-
-
-def framed(id: int) -> Callable[[dict[str, Any]], object]:
-    """With a post-processor, as Llama 3's, that puts a token before every text."""
-    section = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [id], "tokens": ["<|endoftext|>"]}},
-    }
-    return lambda content: content.update(post_processor=section)
-
-
-def blown_up(content: dict[str, Any]) -> None:
-    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
-    content["normalizer"] = {"type": "Sequence", "normalizers": [step] * 9}
-
-
-def lost_byte(content: dict[str, Any]) -> None:
-    content["model"]["vocab"]["ÿÿ"] = content["model"]["vocab"].pop("ÿ")
-
-
-HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a regex bomb": (split(r"(x+x+)+y"), "is refused: Onig: Regex search error: retry-limit-in-match over"),
-    "a bomb that waits": (split(r"(a|a)*b"), "is refused: Onig: Regex search error: retry-limit-in-match over"),
-    "no regex": (split("("), "is refused: Oniguruma error: end pattern with unmatched parenthesis"),
-    "a normalizer that blows up": (blown_up, "is refused: it needs far more memory than its size"),
-    "a special on an ordinary id": (added(id=5, content="<x>"), "<x> has id 5, already '&'"),
-    "an id after a hole": (added(id=800, content="<x>"), "<x> has id 800, but tokenizers counts it 705: ids before it"),
-    "an id that is no number": (added(id="7", content="<x>"), "is refused: invalid type: string "),
-    "two tokens with one id": (lambda c: c["model"]["vocab"].update(b=c["model"]["vocab"]["a"]), "already"),
-    "an absurd id": (lambda c: c["model"]["vocab"].update(zz=4_000_000_000), "has id 4000000000; expected an integer"),
-    "a negative id": (lambda c: c["model"]["vocab"].update(zz=-1), "is refused: "),
-    "a text begun with nothing": (framed(1_000_000), "tokenizer.json puts id 1000000 before a text, which is no token"),
-    "a lost byte": (
-        lost_byte,
-        "tokenizer.json lacks 1 of the 256 byte tokens",
-    ),
-    "a merge of nothing": (lambda c: c["model"]["merges"].append(["nope", "nope"]), "is refused: Token `nope` out of"),
-    "no model": (lambda c: c.pop("model"), "has no model with a vocabulary"),
+OTHERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another model": (lambda c: c["model"].update(type="WordPiece"), "is no byte-level BPE (a WordPiece model)"),
     "sentencepiece": (
         lambda c: (c["model"].update(byte_fallback=True), c.update(pre_tokenizer=None, decoder={"type": "Fuse"})),
         "is no byte-level BPE (byte_fallback, no ByteLevel pre-tokenizer, a decoder that is not ByteLevel), and",
     ),
     "chance": (lambda c: c["model"].update(dropout=0.5), "is no byte-level BPE (dropout)"),
-    "a number for sections": (lambda c: c.update(added_tokens=7), "is refused: invalid type: integer"),
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_tokenizer_json_is_refused_in_one_line(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    change, message = HOSTILE[case]
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_tokenizer_of_another_sort_says_what_it_is(case: str, tmp_path: Path):
+    change, message = OTHERS[case]
     assert message in refusal(changed(change, tmp_path))
-    assert capfd.readouterr().err == ""
-
-
-RAW: dict[str, tuple[bytes, str]] = {
-    "truncated": (b'{"version": "1.0", "model": {"vocab"', "is not readable JSON"),
-    "nothing": (b"", "is not readable JSON"),
-    "no text": (b"\xff\xfe\x00", "is no UTF-8 text (byte 0)"),
-    "a list": (b"[1]", "is not a JSON object"),
-    "brackets": (b"[" * 200_000, "is not readable JSON"),
-    "a number of 5,000 digits": (b'{"model": ' + b"9" * 5000 + b"}", "is not readable JSON"),
-}
-
-
-@pytest.mark.parametrize("case", RAW)
-def test_what_is_no_tokenizer_json_is_refused_in_one_line(case: str, tmp_path: Path):
-    content, message = RAW[case]
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    assert message in refusal(tmp_path)
 
 
 def test_too_large_a_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

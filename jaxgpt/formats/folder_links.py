@@ -16,7 +16,10 @@ def refuse_links_outside(folder: Path) -> None:
     if inside.parent.name == "snapshots":  # huggingface_hub's cache: snapshots/COMMIT/NAME → blobs/DIGEST
         homes.append(inside.parent.parent / "blobs")
     for path in _links(folder):
-        target = path.resolve()
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError):  # a loop
+            raise InputError(f"{path.name} is a link to itself; put the file there") from None
         if not any(target.is_relative_to(home) for home in homes):
             raise InputError(f"{path.name} is a link to {target}, outside the model directory; put the file there")
 

@@ -65,7 +65,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
         raise InputError(f"{index.name} has no weight_map from tensors to files")
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or "\\" in file or "\0" in file or file in (".", "..", ""):
-            raise InputError(f"index names {file:.200}, outside the model directory; refused")
+        if Path(file).name != file or "\\" in file or not file.isprintable() or file in (".", "..", ""):
+            raise InputError(f"index names {first([file])}, outside the model directory; refused")
         shards.setdefault(file, set()).add(name)
     return shards

@@ -8,8 +8,8 @@ from typing import Any
 from jaxgpt.errors import InputError
 from jaxgpt.field_checks import shortened
 
-_LARGEST = 8 << 20
-"""Bytes: an index of 50,000 tensors has half of it; as Python's objects they may be thirty times as much."""
+_LARGEST = 4 << 20
+"""Bytes: an index of 25,000 tensors has half of it; as Python's objects they may be thirty times as much."""
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxgpt.errors import InputError, first
 from jaxgpt.field_checks import shortened
 
-_PICKLE_BYTES, _OPCODES, _ENTRIES, _DIMENSIONS = 4 << 20, 1_000_000, 100_000, 8
+_PICKLE_BYTES, _OPCODES, _ENTRIES, _DIMENSIONS = 4 << 20, 500_000, 100_000, 8
 """Largest pickle, its opcodes, files in the zip, and sizes of a tensor: above any model's, so that bombs are small."""
 _SET = 16
 """Values of a set in settings."""

@@ -31,8 +31,8 @@ _ALL: dict[str, np.dtype[Any]] = {
         "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64,
     }.items()
 }  # fmt: skip
-_LARGEST_HEADER = 16 << 20
-"""Room for a hundred thousand tensors; read as JSON, it takes some twenty times as much memory."""
+_LARGEST_HEADER = 4 << 20
+"""Room for thirty thousand tensors; read as JSON, it takes some twenty times as much memory."""
 _DIMENSIONS, _VALUES = 8, 2**48
 """Of one tensor; below both, no product of sizes takes long or overflows."""
 Header = dict[str, dict[str, Any]]
