@@ -52,14 +52,16 @@ class Refused(Exception):
     """llama.cpp did not load a file; the end of its log is the message."""
 
 
-def ask_all(questions: Sequence[tuple[Path, Sequence[Request]]], context: int = 96) -> list[list[Any]]:
+def ask_all(
+    questions: Sequence[tuple[Path, Sequence[Request]]], context: int = 96, seconds: float = 120
+) -> list[list[Any]]:
     """For each file the answers to its requests, in order; raises `Refused` where one does not load."""
     done = subprocess.run(
         [sys.executable, "-c", SERVER],
         input=json.dumps([(str(file), context, requests) for file, requests in questions]),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
         check=False,
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
@@ -68,9 +70,9 @@ def ask_all(questions: Sequence[tuple[Path, Sequence[Request]]], context: int = 
     return [json.loads(line.removeprefix("ANSWERS")) for line in found]
 
 
-def ask(file: Path, *requests: Request, context: int = 96) -> list[Any]:
+def ask(file: Path, *requests: Request, context: int = 96, seconds: float = 120) -> list[Any]:
     """The answers of one file."""
-    return ask_all([(file, requests)], context)[0]
+    return ask_all([(file, requests)], context, seconds)[0]
 
 
 def completion(ids: Sequence[int], tokens: int, vocabulary: int) -> Request:
