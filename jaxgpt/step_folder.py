@@ -297,4 +297,5 @@ def tokenizer_summary(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     return {
         **{name: getattr(tokenizer, name) for name in sizes},
         "specials": {special.name: {"text": special.text, "id": special.id} for special in tokenizer.specials},
+        "added": dict(tokenizer.added),
     }

@@ -179,14 +179,11 @@ def logits(found: Checkpoint, ids: np.ndarray) -> np.ndarray:
 def test_the_model_computes_what_it_did_and_no_new_token_wins(pair: tuple[Checkpoint, Checkpoint]):
     before, after = pair
     assert before.tokenizer is not None
-    assert after.tokenizer is not None
-    real, end = before.tokenizer.vocab_size, after.tokenizer.vocab_size
+    real = before.tokenizer.vocab_size
     ids = np.random.default_rng(0).integers(0, real, (8, 64))
     old, new = logits(before, ids), logits(after, ids)
     np.testing.assert_allclose(new[..., :real], old[..., :real], rtol=0, atol=2e-6 * np.abs(old).max())
     assert (new[..., real:].max(-1) < old[..., :real].max(-1)).all()
-    mixed = np.concatenate([ids[:1, :32], np.arange(real, end)[None, :32]], axis=1)
-    assert np.isfinite(logits(after, mixed)).all()
 
 
 def test_everything_else_of_the_checkpoint_is_kept(pair: tuple[Checkpoint, Checkpoint]):
@@ -213,6 +210,7 @@ def test_the_model_with_new_tokens_passes_its_check(models: Path):
     assert cli.main(["check", str(models / "qwen2-more"), "--no-memorize"]) == 0
 
 
+@pytest.mark.slow
 def test_it_learns_the_new_tokens_and_answers_with_them(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -224,13 +222,14 @@ def test_it_learns_the_new_tokens_and_answers_with_them(
     known.params["final_norm.weight"] = known.params["final_norm.weight"] / 16
     fields = [field.name for field in dataclasses.fields(Contents)]
     checkpoint.save(tmp_path / "known", 7, Contents(**{name: getattr(known, name) for name in fields})).result()
-    (tmp_path / "chats.jsonl").write_text('{"prompt": "2*3", "completion": "<MUL_3><MUL_1>"}\n' * 8)
-    words = ["--data", str(tmp_path / "chats.jsonl"), "--out", str(tmp_path / "run"), "--steps", "30"]
-    words += ["--batch-size", "4", "--sequence-length", "32", "--learning-rate", "0.03", "--warmup-steps", "0"]
+    answer = "".join(NEW[:12])
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "2*3", "completion": answer}) + "\n")
+    words = ["--data", str(tmp_path / "chats.jsonl"), "--out", str(tmp_path / "run"), "--steps", "40"]
+    words += ["--batch-size", "1", "--sequence-length", "48", "--learning-rate", "0.03", "--warmup-steps", "0"]
     assert cli.main(["sft", "--model", str(tmp_path / "known"), "--accept-loss", *words]) == 0
     capsys.readouterr()
-    assert cli.main(["chat", str(tmp_path / "run"), "2*3", "--greedy", "--max-new-tokens", "4"]) == 0
-    assert capsys.readouterr().out == "<MUL_3><MUL_1>\n"
+    assert cli.main(["chat", str(tmp_path / "run"), "2*3", "--greedy", "--max-new-tokens", "20"]) == 0
+    assert capsys.readouterr().out == f"{answer}\n"
 
 
 def test_transformers_reads_the_same_tokens_and_logits(
@@ -300,5 +299,7 @@ def test_the_output_says_where_the_tokens_went(models: Path, tmp_path: Path, cap
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == [384, 448]
     assert found["added"] == {text: 356 + n for n, text in enumerate(NEW)}
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 0
+    assert "  added tokens            70: '<MUL_0>', '<MUL_1>', '<MUL_2>' (+67 more)\n" in capsys.readouterr().out
     assert cli.main(["tokenizer", "add", source, str(tmp_path / "b"), *words]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxgpt.errors import first
 from jaxgpt.settings import InspectSettings
 from jaxgpt.verbs.output import Output, waiting
 
@@ -163,6 +164,8 @@ def _describe(description: Mapping[str, Any], output: Output) -> None:
         output.say(f"{'tokenizer':<26}{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens")
         for name, special in tokenizer["specials"].items():
             output.say(f"  {name:<24}{special['id']} {special['text']}")
+        if added := tokenizer["added"]:
+            output.say(f"  {'added tokens':<24}{len(added):,}: {first([repr(text) for text in added])}")
     for group in ("provenance", "settings"):
         for key, value in (description.get(group) or {}).items():
             output.say(f"{f'{group}.{key}':<25} {value}")
