@@ -1,11 +1,8 @@
 """`jaxgpt import` and `jaxgpt export`."""
 
-import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-
 from jaxgpt.settings import ExportSettings, ImportSettings
 from jaxgpt.verbs.output import Output, waiting
+from jaxgpt.verbs.progress import bytes_bar
 
 
 def import_(settings: ImportSettings, output: Output) -> int:
@@ -13,10 +10,15 @@ def import_(settings: ImportSettings, output: Output) -> int:
     from jaxgpt.formats import importing
 
     overrides = importing.settings_of(settings.set)
-    with waiting("importing"):
-        cast = None if settings.dtype == "keep" else settings.dtype
+    cast = None if settings.dtype == "keep" else settings.dtype
+    with bytes_bar("importing") as progress:
         notices = importing.import_model(
-            settings.source, settings.directory, cast=cast, overrides=overrides, verify=settings.verify
+            settings.source,
+            settings.directory,
+            cast=cast,
+            overrides=overrides,
+            verify=settings.verify,
+            progress=progress,
         )
     return _done(notices, settings.directory, f"imported {settings.source} into {settings.directory}", output)
 
@@ -26,7 +28,7 @@ def export(settings: ExportSettings, output: Output) -> int:
     from jaxgpt.formats import gguf_export, hf
 
     if settings.format == "gguf":
-        with _bar("exporting") as progress:
+        with bytes_bar("exporting") as progress:
             notices = gguf_export.export_gguf(settings.directory, settings.out, dtype=settings.dtype, progress=progress)
     else:
         assert settings.dtype != "q8_0"  # refused by the settings
@@ -43,23 +45,3 @@ def _done(notices: list[str], written: str, text: str, output: Output) -> int:
         output.result({"written": written, "notices": notices})
     output.say(text)
     return 0
-
-
-@contextmanager
-def _bar(what: str) -> "Generator[Callable[[int, int], None] | None]":
-    """On a terminal a bar of bytes done and bytes in all."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,6 +1,5 @@
 """`jaxgpt data encode` and `jaxgpt data inspect`."""
 
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 from jaxgpt.errors import InputError
 from jaxgpt.settings import DataEncodeSettings, DataInspectSettings
 from jaxgpt.verbs.output import Output, printable
+from jaxgpt.verbs.progress import shown
 
 if TYPE_CHECKING:
     from jaxgpt.chat import Rendered, Template
@@ -81,19 +81,10 @@ def _of_checkpoint(directory: str) -> "tuple[Tokenizer, Template | None]":
 @contextmanager
 def _progress() -> "Generator[Callable[[Progress], None] | None]":
     """A bar on a terminal; first the characters are counted, then encoded."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with shown("TaskProgressColumn") as bar:
+        if bar is None:
+            yield None
+            return
         task = bar.add_task("reading", total=None)
         judged = False
 

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxgpt.errors import InputError, first
 from jaxgpt.settings import HubDownloadSettings, HubListSettings, HubUploadSettings
 from jaxgpt.verbs.output import Output, waiting
+from jaxgpt.verbs.progress import bytes_bar
 
 if TYPE_CHECKING:
     from jaxgpt.hub.download import Downloaded, Selection
@@ -54,7 +55,7 @@ def download(settings: HubDownloadSettings, output: Output) -> int:
             _show(selection, output)
             continue
         out = targets[selection.snapshot.name]
-        with _bar(selection.snapshot.name) as progress:
+        with bytes_bar(selection.snapshot.name) as progress:
             done = download.download(selection, out, progress=progress)
         _say_downloaded(done, out, output)
     return 0
@@ -185,24 +186,3 @@ def _sending(name: str) -> Generator[None]:
     else:
         remote.no_bars()
         yield
-
-
-@contextmanager
-def _bar(name: str) -> "Generator[Callable[[int, int], None] | None]":
-    """On a terminal a bar of bytes."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
