@@ -1,18 +1,21 @@
 """The documents of several sources, each with its split, cut into pieces for encoding."""
 
 import hashlib
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jaxgpt.data.sources import Document, Skipped, files, read
+from jaxgpt.vocabularies.text_cuts import cut
 
 PIECE = 2**18
 """Characters after which a long document is cut for encoding; its ids stay the same."""
 
 Split = Literal["train", "val"]
+
+Item = tuple[Split, Document] | Skipped
+"""A document and where it belongs, or a file without text."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Corpus:
     sources: tuple[str | Path, ...]
     val_fraction: float
 
-    def documents(self) -> Iterator[tuple[Split, Document] | Skipped]:
+    def documents(self) -> Iterator[Item]:
         """Every document in order, and what was skipped."""
         found = [file for source in self.sources for file in files(source)]
         only_one_text = len(found) == 1 and found[0].path.suffix != ".jsonl"
@@ -72,28 +75,14 @@ class Piece:
         return self.position[1] == 0
 
 
-# Pre-tokenizers (GPT-2's, Llama's, Qwen's, characters) always separate here, so that
-# the ids of the pieces are the ids of the whole.
-_SAFE_CUT = re.compile(r"(?<=\S)(?= \S)")
-
-
-def cut(text: str, size: int = PIECE) -> Iterator[str]:
-    """Pieces of at least `size` characters whose ids, joined, are the ids of `text`."""
-    start = 0
-    while match := _SAFE_CUT.search(text, start + size):
-        yield text[start : match.start()]
-        start = match.start()
-    yield text[start:]
-
-
-def pieces_of(corpus: Corpus) -> Iterator[Piece]:
+def pieces_of(items: Iterable[Item]) -> Iterator[Piece]:
     """All pieces of all documents, in order."""
     number = 0
-    for item in corpus.documents():
+    for item in items:
         if isinstance(item, Skipped):
             continue
         split, document = item
-        texts = list(cut(document.text))
+        texts = list(cut(document.text, PIECE))
         for i, text in enumerate(texts):
             yield Piece((number, i), split, text, i == len(texts) - 1)
         number += 1

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt.chat import Template
-from jaxgpt.data.corpus import PIECE, Corpus, Piece, name_bytes, pieces_of
+from jaxgpt.data.corpus import PIECE, Corpus, Item, Piece, name_bytes, pieces_of
 from jaxgpt.data.shard_writer import PARTIAL, ShardWriter, as_json, write
 from jaxgpt.data.shards import FORMAT, INDEX, SPLITS, VERSION, TokenShards, read_index
 from jaxgpt.data.sources import STDLIB, Skipped
@@ -29,6 +29,8 @@ from jaxgpt.tokenizer import Tokenizer
 
 SAMPLE_DOCUMENTS = 100
 SAMPLE_TOKENS = 32_768
+KEPT = 2**26
+"""Characters of texts that stay in memory once read; a larger corpus is read again from its files."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,12 @@ def encode(
     }
     if _is_finished(out, plan):
         return _report(out)
-    sample = _sample(corpus, tokenizer)
+    sample = _sample(survey, tokenizer)
     what = f"first {sample.documents} documents of {survey.documents}"
     judge(sample, what, unknown_cause=tokenizer.unknown_cause, accept=accept)
     _begin(out, plan)
     writers = {split: ShardWriter(out, split, shard_tokens, _dtype(tokenizer)) for split in SPLITS}
-    _encode_all(corpus, survey, sample, tokenizer, writers, workers or _cores(), report)
+    _encode_all(survey, sample, tokenizer, writers, workers or _cores(), report)
     for writer in writers.values():
         writer.flush()
     _finish(out, plan, survey, tokenizer, writers)
@@ -127,6 +129,8 @@ class _Survey:
     skipped: tuple[Skipped, ...]
     sha256: str
     """Over names, splits and texts."""
+    items: Callable[[], Iterable[Item]]
+    """The documents and what was skipped, from memory where they fit."""
 
 
 def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
@@ -135,7 +139,10 @@ def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
     counts = dict.fromkeys(SPLITS, 0)
     characters = 0
     skipped: list[Skipped] = []
+    kept: list[Item] = []
     for item in corpus.documents():
+        if characters <= KEPT:
+            kept.append(item)
         if isinstance(item, Skipped):
             skipped.append(item)
             continue
@@ -146,6 +153,8 @@ def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
         counts[split] += 1
         characters += len(document.text)
         report(Progress("reading", characters, 0, 0, None))
+        if characters > KEPT:
+            kept.clear()
     total = sum(counts.values())
     if not total:
         raise InputError(f"no text in {first([str(s) for s in corpus.sources])}; give files with UTF-8 text")
@@ -155,17 +164,20 @@ def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
             f"val_fraction {corpus.val_fraction:g} of {total} documents leaves none for {lacks}; "
             f"choose a {'larger' if lacks == 'val' else 'smaller'} --val-fraction or give more documents"
         )
-    return _Survey(total, characters, tuple(skipped), digest.hexdigest())
+    items = corpus.documents if characters > KEPT else lambda: kept
+    return _Survey(total, characters, tuple(skipped), digest.hexdigest(), items)
 
 
-def _sample(corpus: Corpus, tokenizer: Tokenizer) -> Statistics:
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    documents = 0
-    for piece in pieces_of(corpus):
-        if counts.sum() >= SAMPLE_TOKENS or (piece.is_first and documents == SAMPLE_DOCUMENTS):
+def _sample(survey: _Survey, tokenizer: Tokenizer) -> Statistics:
+    arrays: list[np.ndarray] = []
+    documents = tokens = 0
+    for piece in pieces_of(survey.items()):
+        if tokens >= SAMPLE_TOKENS or (piece.is_first and documents == SAMPLE_DOCUMENTS):
             break
         documents += piece.is_first
-        counts += np.bincount(_ids(piece, tokenizer, np.dtype("<u4")), minlength=len(counts))
+        arrays += _ids([piece], tokenizer, np.dtype("<u4"))
+        tokens += len(arrays[-1])
+    counts = np.bincount(np.concatenate(arrays), minlength=tokenizer.vocab_size)
     return measure(counts, documents, unknown_ids(tokenizer))
 
 
@@ -197,9 +209,14 @@ def _refuse_other_plan(out: Path, found: dict[str, Any], plan: dict[str, Any]) -
 # -- Encoding ------------------------------------------------------------------------
 
 
-def _ids(piece: Piece, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> np.ndarray:
-    end = [tokenizer.special("end_of_text").id] if piece.is_last else []
-    return np.asarray([*tokenizer.encode(piece.text), *end], dtype)
+def _ids(pieces: Sequence[Piece], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> list[np.ndarray]:
+    end = np.asarray([tokenizer.special("end_of_text").id], dtype)
+    none = end[:0]
+    encoded = tokenizer.encode_batch([piece.text for piece in pieces])
+    return [
+        np.concatenate([ids.astype(dtype), end if piece.is_last else none])
+        for piece, ids in zip(pieces, encoded, strict=True)
+    ]
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -211,7 +228,6 @@ def _cores() -> int:
 
 
 def _encode_all(
-    corpus: Corpus,
     survey: _Survey,
     sample: Statistics,
     tokenizer: Tokenizer,
@@ -224,14 +240,14 @@ def _encode_all(
 
     def todo() -> Iterator[Piece]:
         nonlocal done
-        for piece in pieces_of(corpus):
+        for piece in pieces_of(survey.items()):
             if piece.position < writers[piece.split].resume_at:
                 done += len(piece.text)
             else:
                 yield piece
 
     dtype = _dtype(tokenizer)
-    for pieces, arrays in _in_parallel(_jobs(todo()), lambda piece: _ids(piece, tokenizer, dtype), workers):
+    for pieces, arrays in _in_parallel(_jobs(todo()), lambda pieces: _ids(pieces, tokenizer, dtype), workers):
         for piece, ids in zip(pieces, arrays, strict=True):
             writers[piece.split].add(piece, ids)
             done += len(piece.text)
@@ -254,7 +270,7 @@ def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _in_parallel(
-    jobs: Iterator[list[Piece]], work: Callable[[Piece], np.ndarray], workers: int
+    jobs: Iterator[list[Piece]], work: Callable[[list[Piece]], list[np.ndarray]], workers: int
 ) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
     """Jobs and their results, in order.
 
@@ -263,7 +279,7 @@ def _in_parallel(
     pending: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for job in jobs:
-            pending.append((job, pool.submit(lambda job=job: [work(piece) for piece in job])))
+            pending.append((job, pool.submit(work, job)))
             if len(pending) > 2 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()

@@ -5,16 +5,20 @@ the package reads it once. Special tokens are never found in text, whatever was 
 `encode_special_tokens` makes ordinary text of them. Other added tokens are content.
 """
 
+import functools
 import json
 import re
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxgpt.errors import InputError, first
 from jaxgpt.vocabularies import split_rules
 from jaxgpt.vocabularies.byte_alphabet import CHARACTERS, spelled, unspelled
-from jaxgpt.vocabularies.kinds import Edges, Encoder, Merges, exact_keys, read_merges
+from jaxgpt.vocabularies.kinds import SPACES, Edges, Encoder, Merges, exact_keys, read_merges
+from jaxgpt.vocabularies.text_cuts import cut
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,6 +27,8 @@ MAX_IDS = 1 << 22
 """A vocabulary with a higher id is refused: a table of its tokens would be memory for nothing."""
 MAX_RUN = 5_000_000
 """Longest run of white space in a text; the regex engine gives up on about twice that, and says so on stderr."""
+SLICE = 4000
+"""Characters after which a text is cut for the package, whose working memory then fits the processor's cache."""
 UNKNOWN = "<unk>"
 """What stands for a byte that a vocabulary lacks, where it names nothing itself."""
 HEX_NAMES = [f"{byte:02x}" for byte in range(256)]
@@ -67,10 +73,28 @@ class ByteLevelEncoder(Encoder):
 
     def encode_ordinary(self, text: str) -> list[int]:
         """See `Encoder`; InputError where the package's regex engine gives up."""
-        if len(text) > MAX_RUN:
-            _refuse_long_runs(text)
+        return self._encoded([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Encoder`; on the package's own threads."""
+        slices = [list(cut(text, SLICE)) if self._cuts_before_spaces else [text] for text in texts]
+        ids = iter(self._encoded([slice for several in slices for slice in several]))
+        return [np.concatenate([np.asarray(next(ids), np.uint32) for _ in several]) for several in slices]
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            if len(text) > MAX_RUN:
+                _refuse_long_runs(text)
         with readable("the text", "cannot be encoded"):
-            return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _cuts_before_spaces(self) -> bool:
+        """Whether `cut` changes no id: so under the known rules, unless a normalizer or a token reaches over it."""
+        normalizer = section(self._library.normalizer)
+        within = normalizer is None or normalizer.get("type") == "NFC"
+        reaching = self.edges or any(set(text) & set(SPACES) for text in self.added)
+        return bool(self.pre_tokenizer) and within and not reaching
 
     def token_bytes(self) -> list[bytes]:
         """See `Encoder`; a token that is not spelled in the byte alphabet is its own text."""

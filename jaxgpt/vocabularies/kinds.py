@@ -7,11 +7,14 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxgpt.errors import InputError, first
 from jaxgpt.vocabularies.byte_alphabet import unspelled
@@ -69,6 +72,10 @@ class Encoder(ABC):
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of valid Unicode text; never a special token."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, uint32, as `encode_ordinary` gives them; faster for many, and from several threads."""
+        return [np.asarray(self.encode_ordinary(text), np.uint32) for text in texts]
+
     @abstractmethod
     def token_bytes(self) -> list[bytes]:
         """UTF-8 of every base id, `b""` for one without a token."""
@@ -108,8 +115,10 @@ class Gpt2Encoder(Encoder):
     specials: Mapping[str, int] = {END_OF_TEXT: 50256}
     pre_tokenizer = "gpt-2"
 
-    def __init__(self, encoding: "tiktoken.Encoding", ranks: Mapping[bytes, int]) -> None:
-        self._encoding = encoding
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        self._ranks = ranks
+        self._encoding = _gpt2_encoding(ranks)
+        self._of_thread = threading.local()
         self._tokens = _by_id({**ranks, END_OF_TEXT.encode(): 50256}, self.size)
 
     @property
@@ -122,6 +131,20 @@ class Gpt2Encoder(Encoder):
         if len(text) < SPACE_BLOCK:
             return self._encoding.encode_ordinary(text)
         return [id for piece in cut_long_spaces(text) for id in self._encoding.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Encoder`.
+
+        A thread gets an encoding of its own, in 0.05 s: the regex engine is a fifth slower
+        in every thread but the first that uses it.
+        """
+        if not hasattr(self._of_thread, "encoding"):
+            self._of_thread.encoding = _gpt2_encoding(self._ranks)
+        encode = self._of_thread.encoding.encode_to_numpy
+        # Nothing is allowed and nothing refused: what looks like a special token is text.
+        return [
+            np.concatenate([encode(piece, disallowed_special=()) for piece in cut_long_spaces(text)]) for text in texts
+        ]
 
     def token_bytes(self) -> list[bytes]:
         """See `Encoder`."""
@@ -297,10 +320,7 @@ def gpt2_files() -> dict[str, Path]:
 
 @functools.cache
 def _gpt2() -> Gpt2Encoder:
-    # Imported here: only this kind needs tiktoken.
-    import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
 
     files = gpt2_files()
     try:
@@ -310,14 +330,21 @@ def _gpt2() -> Gpt2Encoder:
         )
     except OSError as error:
         raise InputError(f"tiktoken cannot write its cache ({error}); unset TIKTOKEN_CACHE_DIR") from None
-    encoding = tiktoken.Encoding(
+    return Gpt2Encoder(ranks)
+
+
+def _gpt2_encoding(ranks: dict[bytes, int]) -> "tiktoken.Encoding":
+    # Imported here: only this kind needs tiktoken.
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return tiktoken.Encoding(
         "gpt2",
         explicit_n_vocab=Gpt2Encoder.size,
         pat_str=r50k_pat_str,
         mergeable_ranks=ranks,
         special_tokens=dict(Gpt2Encoder.specials),
     )
-    return Gpt2Encoder(encoding, ranks)
 
 
 @functools.cache

@@ -1,0 +1,48 @@
+"""Many texts at once have the ids of each alone, wherever long ones are cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small_vocabularies as small
+
+from jaxgpt.chat import CHATML
+from jaxgpt.data.sources import documents
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer_choice import chosen
+from jaxgpt.vocabularies import split_rules
+
+LONG = "".join(d.text for d in documents("stdlib") if d.name < "argparse")[:40_000]
+TEXTS = [LONG, "", small.TYPED, "日本 語 🎉 'tis  \r\n x" * 300, "a" + " b" * 5000, " " * 9000 + "x"]
+
+
+def agrees(tokenizer: Tokenizer) -> None:
+    assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)] == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("rule", split_rules.RULES)
+def test_a_batch_has_the_ids_of_each_text_under_every_rule(rule: str, tmp_path: Path):
+    tokenizer, _ = chosen(str(small.as_json(tmp_path, rule)), CHATML)
+    agrees(tokenizer)
+    agrees(tokenizer.with_added(["self.", "if not"]))
+
+
+def test_a_batch_has_the_ids_of_each_text_in_the_kinds_without_files():
+    agrees(Tokenizer.create("gpt2", template=CHATML))
+    agrees(Tokenizer.create("char", template=CHATML, corpus=TEXTS[:1]))
+
+
+@pytest.mark.parametrize("reaching", ["normalizer", "added token", "edges"])
+def test_a_text_is_not_cut_where_something_reaches_over_spaces(reaching: str, tmp_path: Path):
+    path = small.as_json(tmp_path, "qwen2") / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    if reaching == "normalizer":
+        content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    else:
+        note = {"id": 705, "content": "a b" if reaching == "added token" else "[b]", "special": False}
+        flags = {"single_word": False, "lstrip": False, "rstrip": reaching == "edges", "normalized": False}
+        content["added_tokens"].append(note | flags)
+    path.write_text(json.dumps(content), "utf-8")
+    tokenizer, _ = chosen(str(path), CHATML)
+    texts = ["a" + " b a" * 3000, "a" + " [b] a" * 3000]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
