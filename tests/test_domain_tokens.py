@@ -22,10 +22,12 @@ from conftest import CONFIGS, random_params
 from tokenizers import AddedToken
 
 from jaxgpt import checkpoint, cli, model
-from jaxgpt.chat import CHATML
+from jaxgpt.chat import CHATML, PLAIN
 from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.embedding_rows import grown
 from jaxgpt.errors import InputError
+from jaxgpt.formats import hf_tokenizer
+from jaxgpt.formats.gguf_tokenizer import metadata
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.vocabularies import vocabulary_files
 from jaxgpt.vocabularies.token_matching import is_word
@@ -82,6 +84,34 @@ def test_a_mask_takes_the_space_before_it(tmp_path: Path):
     mask = tokenizer.encode("<mask>", specials=True)
     assert tokenizer.encode("a \t<mask>", specials=True) == [*tokenizer.encode("a"), *mask]
     assert tokenizer.encode("a \t<mask>") != tokenizer.encode("a \t<mask>", specials=True)
+
+
+def test_gpt2s_vocabulary_with_a_mask_keeps_the_flags_of_the_mask(tmp_path: Path):
+    # tiktoken, which encodes GPT-2's vocabulary otherwise, knows no flags.
+    hf_tokenizer.write(Tokenizer.create("gpt2", template=PLAIN), PLAIN, tmp_path, 1024)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True, normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, _ = hf_tokenizer.read(tmp_path, 50304, [])
+    assert tokenizer is not None
+    assert tokenizer.encode("a  <mask> b", specials=True) == library.encode("a  <mask> b").ids == [64, 50258, 275]
+    assert any("does not look at what stands beside <mask>" in line for line in metadata(tokenizer, None, 50304, [])[1])
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "said"),
+    [({"type": "Lowercase"}, "<Mask>", True), ({"type": "NFC"}, "<Mask>", False), (None, "<Masqu\u00e9>", False)],
+)
+def test_special_tokens_found_in_normalised_text_are_said(normalizer: Any, text: str, said: bool, tmp_path: Path):
+    library = small.library("gpt-2")
+    library.add_special_tokens([AddedToken(text, normalized=True, special=True)])
+    content = json.loads(library.to_str()) | {"normalizer": normalizer}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    notices = vocabulary_files.read(tmp_path).notices
+    assert notices == [
+        f"{text}: tokenizer.json has special tokens found in normalised text; a chat template of jaxgpt finds them "
+        "only as they are spelled"
+    ] * said  # fmt: skip
 
 
 def test_letters_are_those_of_the_package():
