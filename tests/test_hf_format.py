@@ -15,7 +15,7 @@ import transformers
 from conftest import CONFIGS, random_params
 from hostile_weights import edit_json, edit_tensors, header_of
 
-from jaxgpt import checkpoint, config, weights
+from jaxgpt import checkpoint, cli, config, weights
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
@@ -132,13 +132,17 @@ def test_import_and_export_keep_every_bit_through_a_checkpoint(tmp_path: Path, n
     assert config.from_hf(json.loads((tmp_path / "out/config.json").read_text())) == CONFIGS[name]
 
 
-def test_an_export_may_be_cast(tmp_path: Path):
-    stock(tmp_path / "stock", "llama", "float32")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_an_export_in_another_dtype_is_loaded_as_that_with_rounded_values(kept: str, dtype: str, tmp_path: Path):
+    stock(tmp_path / "stock", "llama", kept)
     importing.import_model(tmp_path / "stock", tmp_path / "ours")
-    hf.export_hf(tmp_path / "ours", tmp_path / "out", cast="bfloat16")
-    expected = {name: tensor.to(torch.bfloat16) for name, tensor in tensors_of(tmp_path / "stock").items()}
+    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "hf", "--dtype", dtype]) == 0
+    expected = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors_of(tmp_path / "stock").items()}
     assert equal_tensors(expected, tensors_of(tmp_path / "out"))
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == DTYPES[dtype]
+    assert equal_tensors(expected, {name: tensor for name, tensor in model.state_dict().items() if name in expected})
 
 
 def test_names_without_prefix_and_mask_buffers_are_understood_and_said(tmp_path: Path):
