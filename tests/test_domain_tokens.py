@@ -44,6 +44,8 @@ EDGED = (
     AddedToken("<late>", normalized=True),
     AddedToken("<lone>", single_word=True, normalized=True),
     AddedToken("<tool>>", normalized=False),
+    AddedToken("te>s", normalized=False),  # wins over <late>, which begins before it
+    AddedToken("\u00e9<", normalized=True),
 )
 SPACING = (" ", "  ", "\n", "\u3000", "\x1c")
 PARTS = [*(token.content for token in EDGED), *SPACING, "<MUL_2>", "ol>x", "s", "e\u0301", "_", "1", "<", "x"]
