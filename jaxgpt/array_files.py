@@ -9,12 +9,16 @@ uncompressed), whose every declaration can be checked against the bytes on disk.
 import json
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgpt.errors import InputError, first
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TREE = "_METADATA"
 """Orbax's list of array names."""
@@ -24,6 +28,8 @@ ITEM_BYTES = {
     "bool": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8,
     "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8,
 }  # fmt: skip
+_INDEX = struct.Struct("<QQ")
+"""Offset and bytes of a shard's one chunk."""
 _CHUNK = re.compile(r"c(/\d+)*")
 _ZARR_KEYS = {
     "chunk_grid", "chunk_key_encoding", "codecs", "data_type", "fill_value", "node_type", "shape", "zarr_format",
@@ -67,6 +73,42 @@ def headers(folder: Path, sizes: Mapping[str, int]) -> dict[str, Header]:
         elif file != TREE and not (name in stored and rest == "zarr.json"):
             raise InputError(f"{folder.name}/{file} belongs to no array of the checkpoint; refused")
     return {name: _header(folder / name / "zarr.json", bytes_) for name, bytes_ in stored.items()}
+
+
+def mapped(folder: Path, header: Header) -> "np.ndarray | None":
+    """An array of `headers` as its file lies on disk, read-only and read when used; None where it is in pieces.
+
+    Args:
+        folder: of the array, with its zarr.json.
+        header: what `headers` found there.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    path = folder.joinpath("c", *("0" for _ in header.shape))
+    size = path.stat().st_size if path.is_file() else 0
+    # A shard of one chunk: its bytes, then where they begin, how many they are, and a checksum of these two.
+    index = _INDEX.size + 4
+    if not header.shape or size != header.size + index or not _in_one_piece(folder / "zarr.json", header):
+        return None
+    with path.open("rb") as file:
+        file.seek(header.size)
+        if _INDEX.unpack(file.read(_INDEX.size)) != (0, header.size):
+            return None
+    dtype = ml_dtypes.bfloat16 if header.dtype == "bfloat16" else header.dtype
+    return np.memmap(path, dtype, "r", shape=header.shape)
+
+
+def _in_one_piece(path: Path, header: Header) -> bool:
+    """The zarr.json, which `headers` checked, declares one shard of one chunk of plain little-endian bytes."""
+    zarr = _json(path, path.name)
+    whole, plain = list(header.shape), [{"name": "bytes", "configuration": {"endian": "little"}}]
+    [codec] = zarr["codecs"] if len(zarr["codecs"]) == 1 else [{}]
+    inner = codec.get("configuration", {})
+    one_shard = zarr["chunk_grid"]["configuration"]["chunk_shape"] == whole == inner.get("chunk_shape")
+    named = inner.get("index_location", "end") == "end" and codec.get("name") == "sharding_indexed"
+    default_key = zarr.get("chunk_key_encoding") == {"name": "default"}
+    return one_shard and named and default_key and inner.get("codecs") == plain
 
 
 def _array_names(folder: Path) -> list[str]:

@@ -255,6 +255,7 @@ def load(
     step: int | None = None,
     cast: Literal["float32", "bfloat16", "float16"] | None = None,
     fallback: bool = False,
+    mapped: bool = False,
 ) -> Checkpoint:
     """Load a step after everything about it was checked.
 
@@ -264,6 +265,7 @@ def load(
         step: which; the newest if None.
         cast: convert parameters to this dtype.
         fallback: pass over steps that fail their manifest, with a notice for each.
+        mapped: leave parameters on disk until they are used; they are then read-only.
 
     Raises:
         CheckpointError: no such step, or one that fails a check; the file is named.
@@ -283,7 +285,7 @@ def load(
                 continue
             remedy = "no verified step is left" if fallback else "restore it or load an older step"
             raise CheckpointError(f"{'; '.join(notices)}; {remedy}") from None
-        found = _load_verified(path, name, sizes, train=train, cast=cast)
+        found = _load_verified(path, name, sizes, train=train, cast=cast, mapped=mapped)
         if train:
             _set_aside(candidates[:number])
         found.notices.extend(f"{notice}; using verified step {found.step}" for notice in notices)
@@ -299,14 +301,16 @@ def _set_aside(damaged: Sequence[Path]) -> None:
         os.rename(path, aside)
 
 
-def _load_verified(path: Path, name: str, sizes: Mapping[str, int], *, train: bool, cast: str | None) -> Checkpoint:
+def _load_verified(
+    path: Path, name: str, sizes: Mapping[str, int], *, train: bool, cast: str | None, mapped: bool
+) -> Checkpoint:
     try:
         described = step_folder.read(path)
         config = described.config
         headers = array_files.headers(path / "params", _below("params", sizes))
         _compare(config, headers, "file")
         _compare_dtypes(headers, described.dtypes, cast)
-        params = _read_arrays(path, "params", headers)
+        params = (_mapped(path, headers) if mapped else None) or _read_arrays(path, "params", headers)
         state = None
         if train and (path / "train").is_dir():
             state = _read_arrays(path, "train", array_files.headers(path / "train", _below("train", sizes)))
@@ -387,6 +391,17 @@ def _storage() -> Any:
     saving.enable_write_sharding_file = False
     saving.array_metadata_store = None
     return context
+
+
+def _mapped(path: Path, headers: Mapping[str, Header]) -> dict[str, np.ndarray] | None:
+    """Parameters as their files lie on disk; None where one is in pieces, which Orbax then puts together."""
+    found: dict[str, np.ndarray] = {}
+    for name, header in headers.items():
+        array = array_files.mapped(path / "params" / name, header)
+        if array is None:
+            return None
+        found[name] = array
+    return found
 
 
 def _read_arrays(path: Path, tree: str, headers: Mapping[str, Header]) -> dict[str, np.ndarray]:

@@ -401,3 +401,26 @@ def test_progress_tells_bytes_until_all_are_written(tmp_path: Path):
 
 def test_the_command_offers_the_dtypes_that_can_be_written():
     assert typing.get_args(gguf_export.Dtype) == typing.get_args(typing.get_type_hints(ExportSettings)["dtype"])
+
+
+def test_values_come_from_the_files_of_the_checkpoint_without_being_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = a_checkpoint(CONFIGS["qwen2"], "bfloat16")
+    contents = Contents(source.config, source.params, "base", "bfloat16", [7], None, None, {})
+    checkpoint.save(tmp_path / "run", 0, contents).result()
+    gguf_export.write(checkpoint.load(tmp_path / "run"), tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").rename(tmp_path / "loaded.gguf")
+    monkeypatch.setattr(checkpoint, "_read_arrays", None)
+    gguf_export.export_gguf(tmp_path / "run", tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "loaded.gguf").read_bytes()
+
+
+def test_a_parameter_in_pieces_is_put_together_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = a_checkpoint(CONFIGS["qwen2"])
+    checkpoint.save(
+        tmp_path / "run", 0, Contents(source.config, source.params, "base", "float32", [], None, None, {})
+    ).result()
+    monkeypatch.setattr("jaxgpt.array_files.mapped", lambda folder, header: None)
+    found = checkpoint.load(tmp_path / "run", mapped=True)
+    assert all(np.array_equal(found.params[name], array) for name, array in source.params.items())

@@ -76,7 +76,7 @@ def export_gguf(
     """
     _refuse_existing(Path(out))
     gguf_header.require_package()
-    return write(checkpoint.load(directory), out, dtype=dtype, progress=progress)
+    return write(checkpoint.load(directory, mapped=True), out, dtype=dtype, progress=progress)
 
 
 def write(source: Checkpoint, out: str | Path, *, dtype: Dtype = "keep", progress: Progress | None = None) -> list[str]:
