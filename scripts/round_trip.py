@@ -240,14 +240,14 @@ def ask_llama_cpp(file: Path, texts: Sequence[str]) -> tuple[list[Answer], list[
 
 def told_by_llama_cpp(completed: Any) -> list[dict[int, float]]:
     """Log-probabilities by id at each step; none at the end and inside of characters, which it does not tell."""
-    steps = iter(completed["completion_probabilities"])
-    step = next(steps, None)
+    told: list[Any] = completed["completion_probabilities"]
     found: list[dict[int, float]] = []
+    used = 0
     for token in completed["tokens"]:
-        told = step is not None and step["id"] == token
-        found.append({top["id"]: top["logprob"] for top in step["top_logprobs"]} if told else {})
-        step = next(steps, None) if told else step
-    assert step is None, f"llama.cpp tells probabilities of {step}, which is not in its answer"
+        known = used < len(told) and told[used]["id"] == token
+        found.append({top["id"]: top["logprob"] for top in told[used]["top_logprobs"]} if known else {})
+        used += known
+    assert used == len(told), f"llama.cpp tells probabilities of {told[used]['id']}, which is not in its answer"
     return found
 
 
@@ -325,10 +325,9 @@ def margins_of(rows: np.ndarray) -> np.ndarray:
 # -- The trip --------------------------------------------------------------------------
 
 
-def travel(preset: str, steps: int, folder: Path) -> dict[str, Any]:
-    """The whole way; what was found."""
+def travel(preset: str, steps: int, folder: Path) -> float:
+    """From a Hugging Face folder to `tuned`, `hf` and `model.gguf`; the last loss."""
     source, model, tuned = folder / "source", folder / "imported", folder / "tuned"
-    hf, file = folder / "hf", folder / "model.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     make_folder(preset, source)
     gc.collect()
@@ -339,9 +338,14 @@ def travel(preset: str, steps: int, folder: Path) -> dict[str, Any]:
     # Random weights are hardly better than a guess, which is what the flag is for.
     flags = ["--accept-loss", *(word for flag, value in run.items() for word in (f"--{flag}", value))]
     taught = json.loads(jaxgpt("sft", "--model", model, "--data", data, "--out", tuned, *flags, "--json"))
-    jaxgpt("export", tuned, hf, "--format", "hf")
-    jaxgpt("export", tuned, file, "--format", "gguf")
+    jaxgpt("export", tuned, folder / "hf", "--format", "hf")
+    jaxgpt("export", tuned, folder / "model.gguf", "--format", "gguf")
+    return taught["loss"]
 
+
+def ask(folder: Path) -> dict[str, Any]:
+    """What the three programs answer, and whether it is the same."""
+    tuned, hf, file = folder / "tuned", folder / "hf", folder / "model.gguf"
     ours = ask_jaxgpt(tuned, folder)
     rows = log_probabilities(tuned, ours)
     stock, stock_rows = ask_transformers(hf)
@@ -352,7 +356,7 @@ def travel(preset: str, steps: int, folder: Path) -> dict[str, Any]:
         compare(ours, rows, "llama.cpp", ggml, ggml_rows),
     ]
     margins = [margins_of(row) for row in rows]
-    told = [
+    told: list[dict[str, Any]] = [
         {
             "prompt": answer.prompt,
             "answer": answer.ids,
@@ -365,9 +369,6 @@ def travel(preset: str, steps: int, folder: Path) -> dict[str, Any]:
     ]
     different = [d for row in told for d in row["differences"].values() if d not in ("", "tie")]
     return {
-        "preset": preset,
-        "steps": steps,
-        "loss": taught["loss"],
         "conversations": told,
         "least_margin": min(row["least_margin"] for row in told),
         "log_odds_apart": {other.program: other.away for other in others},
@@ -408,7 +409,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="round-trip-") as folder:
-        found = travel(options.preset, options.steps, options.folder or Path(folder))
+        place = options.folder or Path(folder)
+        told = {"preset": options.preset, "steps": options.steps, "loss": travel(options.preset, options.steps, place)}
+        found = {**told, **ask(place)}
     print(json.dumps(found) if options.json else table(found))
     return 0 if found["same"] else 1
 
