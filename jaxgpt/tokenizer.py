@@ -25,7 +25,7 @@ from jaxgpt.special_tokens import (
     saved_specials,
 )
 from jaxgpt.vocabularies.byte_alphabet import unspelled
-from jaxgpt.vocabularies.kinds import Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
+from jaxgpt.vocabularies.kinds import SPACES, Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
 from jaxgpt.vocabularies.token_matching import TokenMatcher
 
 if TYPE_CHECKING:
@@ -288,6 +288,11 @@ class Tokenizer:
     def pre_tokenizer(self) -> str:
         """llama.cpp's name of the rule that cuts text into words: `gpt-2`, `qwen2`, `llama-bpe`; else empty."""
         return self.encoder.pre_tokenizer
+
+    @property
+    def cuts_before_spaces(self) -> bool:
+        """Whether a long text may be encoded in the pieces of `text_cuts.cut`, which changes no id."""
+        return self.encoder.cuts_before_spaces and not any(set(text) & set(SPACES) for text in self._added)
 
     @property
     def bos_ids(self) -> tuple[int, ...]:

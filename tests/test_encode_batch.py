@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_vocabularies as small
 
 from jaxgpt.chat import CHATML
+from jaxgpt.data import corpus
+from jaxgpt.data.encode import encode
 from jaxgpt.data.sources import documents
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer_choice import chosen
@@ -46,3 +49,17 @@ def test_a_text_is_not_cut_where_something_reaches_over_spaces(reaching: str, tm
     tokenizer, _ = chosen(str(path), CHATML)
     texts = ["a" + " b a" * 3000, "a" + " [b] a" * 3000]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_long_document_is_encoded_whole_where_a_cut_would_change_its_ids(tmp_path: Path):
+    plain, _ = chosen(str(small.as_json(tmp_path / "plain", "qwen2")), CHATML)
+    reaching = plain.with_added(["a b"])
+    assert plain.cuts_before_spaces
+    assert not reaching.cuts_before_spaces
+    text = "a b " * (corpus.PIECE // 2)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/long.txt").write_text(text)
+    for tokenizer, out in ((plain, tmp_path / "a"), (reaching, tmp_path / "b")):
+        encode(tmp_path / "text", out, tokenizer, accept=True)
+        ids = np.fromfile(out / "train-00000.bin", "<u2").tolist()
+        assert ids == [*tokenizer.encode(text), tokenizer.special("end_of_text").id]

@@ -75,14 +75,14 @@ class Piece:
         return self.position[1] == 0
 
 
-def pieces_of(items: Iterable[Item]) -> Iterator[Piece]:
-    """All pieces of all documents, in order."""
+def pieces_of(items: Iterable[Item], *, whole: bool = False) -> Iterator[Piece]:
+    """All pieces of all documents, in order; `whole` documents for a vocabulary whose ids a cut would change."""
     number = 0
     for item in items:
         if isinstance(item, Skipped):
             continue
         split, document = item
-        texts = list(cut(document.text, PIECE))
+        texts = [document.text] if whole else list(cut(document.text, PIECE))
         for i, text in enumerate(texts):
             yield Piece((number, i), split, text, i == len(texts) - 1)
         number += 1

@@ -171,7 +171,7 @@ def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
 def _sample(survey: _Survey, tokenizer: Tokenizer) -> Statistics:
     arrays: list[np.ndarray] = []
     documents = tokens = 0
-    for piece in pieces_of(survey.items()):
+    for piece in pieces_of(survey.items(), whole=not tokenizer.cuts_before_spaces):
         if tokens >= SAMPLE_TOKENS or (piece.is_first and documents == SAMPLE_DOCUMENTS):
             break
         documents += piece.is_first
@@ -240,7 +240,7 @@ def _encode_all(
 
     def todo() -> Iterator[Piece]:
         nonlocal done
-        for piece in pieces_of(survey.items()):
+        for piece in pieces_of(survey.items(), whole=not tokenizer.cuts_before_spaces):
             if piece.position < writers[piece.split].resume_at:
                 done += len(piece.text)
             else:

@@ -5,7 +5,6 @@ the package reads it once. Special tokens are never found in text, whatever was 
 `encode_special_tokens` makes ordinary text of them. Other added tokens are content.
 """
 
-import functools
 import json
 import re
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
@@ -77,7 +76,7 @@ class ByteLevelEncoder(Encoder):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Encoder`; on the package's own threads."""
-        slices = [list(cut(text, SLICE)) if self._cuts_before_spaces else [text] for text in texts]
+        slices = [list(cut(text, SLICE)) if self.cuts_before_spaces else [text] for text in texts]
         ids = iter(self._encoded([slice for several in slices for slice in several]))
         return [np.concatenate([np.asarray(next(ids), np.uint32) for _ in several]) for several in slices]
 
@@ -88,9 +87,9 @@ class ByteLevelEncoder(Encoder):
         with readable("the text", "cannot be encoded"):
             return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
-    @functools.cached_property
-    def _cuts_before_spaces(self) -> bool:
-        """Whether `cut` changes no id: so under the known rules, unless a normalizer or a token reaches over it."""
+    @property
+    def cuts_before_spaces(self) -> bool:
+        """So it is under the known rules, unless a normalizer or a token reaches over the cut."""
         normalizer = section(self._library.normalizer)
         within = normalizer is None or normalizer.get("type") == "NFC"
         reaching = self.edges or any(set(text) & set(SPACES) for text in self.added)

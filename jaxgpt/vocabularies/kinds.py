@@ -68,6 +68,11 @@ class Encoder(ABC):
         """Pairs of tokens that BPE joins, the first to be joined first; empty for a kind without."""
         return ()
 
+    @property
+    def cuts_before_spaces(self) -> bool:
+        """Whether a text may be cut by `text_cuts.cut`: the ids of the pieces, joined, are those of the whole."""
+        return True
+
     @abstractmethod
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of valid Unicode text; never a special token."""
