@@ -128,7 +128,7 @@ def make_folder(preset: str, folder: Path) -> None:
         **PRESETS[preset].sizes,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        rope_theta=1e6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=PRESETS[preset].scale,
         eos_token_id=end,
         pad_token_id=pad,
@@ -193,7 +193,8 @@ def ask_transformers(folder: Path) -> tuple[list[Answer], list[np.ndarray]]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = loaded
     assert model.dtype == torch.float32, model.dtype
     assert not any(loading.values()), loading
     answers: list[Answer] = []
@@ -240,15 +241,14 @@ def ask_llama_cpp(file: Path, texts: Sequence[str]) -> tuple[list[Answer], list[
 
 def told_by_llama_cpp(completed: Any) -> list[dict[int, float]]:
     """Log-probabilities by id at each step; none at the end and inside of characters, which it does not tell."""
-    told: list[Any] = completed["completion_probabilities"]
+    told: list[Any] = list(completed["completion_probabilities"])
     found: list[dict[int, float]] = []
-    used = 0
-    for token in completed["tokens"]:
-        known = used < len(told) and told[used]["id"] == token
-        found.append({top["id"]: top["logprob"] for top in told[used]["top_logprobs"]} if known else {})
-        used += known
-    assert used == len(told), f"llama.cpp tells probabilities of {told[used]['id']}, which is not in its answer"
-    return found
+    # From the end: it is the token that completes a character whose probabilities are told.
+    for token in reversed(completed["tokens"]):
+        known = bool(told) and told[-1]["id"] == token
+        found.append({top["id"]: top["logprob"] for top in told.pop()["top_logprobs"]} if known else {})
+    assert not told, f"llama.cpp tells probabilities of {told[-1]['id']}, which is not in its answer"
+    return found[::-1]
 
 
 def rendered_by_transformers(folder: Path) -> list[str]:

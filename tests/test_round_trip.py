@@ -76,3 +76,5 @@ def test_probabilities_that_llama_cpp_does_not_tell_are_left_out():
 
     answer = {"tokens": [7, 8, 9, 2], "completion_probabilities": [step(7), step(9)]}
     assert round_trip.told_by_llama_cpp(answer) == [{7: -0.5}, {}, {9: -0.5}, {}]
+    answer = {"tokens": [8, 9, 9], "completion_probabilities": [step(9)]}
+    assert round_trip.told_by_llama_cpp(answer) == [{}, {}, {9: -0.5}]
