@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from jaxgpt import checkpoint, device, field_checks, flops, model
 from jaxgpt.array_files import in_bytes
-from jaxgpt.chat import TEMPLATES, Template
+from jaxgpt.chat import PLAIN, TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, EpisodeBatches, PretrainBatches, validation
@@ -88,11 +88,11 @@ def _fine_tuning(settings: SFTSettings) -> Run:
     source = resumed or checkpoint.load(_given("--model", settings.model))
     if source.tokenizer is None:
         raise InputError(f"{settings.model} has no tokenizer jaxgpt knows; SFT needs one to encode the conversations")
-    template = _template(settings, source)
-    train = settings.train
-    _fits_context(source.config, train)
+    notices: list[str] = []
+    template = _template(settings, source, notices)
+    train = _within_context(source.config, settings.train, notices)
     episodes = read_episodes(_given("--data", settings.data), source.tokenizer, template, train.sequence_length)
-    training, held_out = _split(episodes, settings, source.tokenizer, template)
+    training, held_out = _split(episodes, settings, train.sequence_length, source.tokenizer, template)
     return Run(
         out=Path(settings.out),
         settings=train,
@@ -109,6 +109,7 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         origin={"command": "sft", "settings": dataclasses.asdict(settings), "episodes": str(training)},
         parent=settings.model,
         resumed=resumed,
+        notices=notices,
     )
 
 
@@ -187,6 +188,16 @@ def _fits_context(config: ModelConfig, settings: TrainSettings) -> None:
         )
 
 
+def _within_context(config: ModelConfig, settings: TrainSettings, notices: list[str]) -> TrainSettings:
+    """Rows as long as asked for; those that nobody asked for are as long as a short context holds."""
+    context = config.max_position_embeddings
+    if settings.sequence_length == TrainSettings.sequence_length > context:
+        notices.append(f"rows have {context} tokens, the model's context, not {settings.sequence_length}")
+        return dataclasses.replace(settings, sequence_length=context)
+    _fits_context(config, settings)
+    return settings
+
+
 def _fits_memory(config: ModelConfig) -> None:
     """Before a machine is brought to its knees by weights it could never hold."""
     one, two = (flops.parameter_count(dataclasses.replace(config, num_hidden_layers=n)) for n in (1, 2))
@@ -207,19 +218,20 @@ def _sample_fits(config: ModelConfig, tokenizer: Tokenizer, settings: TrainSetti
         raise InputError(f"sample_prompt is {length} tokens, expected 1–{limit - 1}; give another --sample-prompt")
 
 
-def _template(settings: SFTSettings, source: Checkpoint) -> Template:
+def _template(settings: SFTSettings, source: Checkpoint, notices: list[str]) -> Template:
+    """The one asked for, the checkpoint's, or the one that needs no special tokens of its own."""
     if settings.template:
         return TEMPLATES[settings.template]
     if source.template is None:
-        raise InputError(f"{settings.model} has no chat template; choose one with --template {'|'.join(TEMPLATES)}")
+        notices.append(f"{settings.model} has no chat template; taught with {PLAIN.name}, change it with --template")
+        return PLAIN
     return source.template
 
 
 def _split(
-    episodes: Episodes, settings: SFTSettings, tokenizer: Tokenizer, template: Template
+    episodes: Episodes, settings: SFTSettings, length: int, tokenizer: Tokenizer, template: Template
 ) -> tuple[Episodes, Episodes]:
     """Training and held-out episodes: another file's, or the last twentieth of many."""
-    length = settings.train.sequence_length
     if settings.validation:
         return episodes, read_episodes(settings.validation, tokenizer, template, length)
     count = len(episodes.episodes) // 20 if len(episodes.episodes) >= 100 else 0

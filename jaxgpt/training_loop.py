@@ -75,6 +75,8 @@ class Run:
     parent: str | None = None
     """The checkpoint the weights came from."""
     resumed: Checkpoint | None = None
+    notices: Sequence[str] = ()
+    """Lines to print before the first step: what was chosen for the user."""
 
 
 class Loop:
@@ -176,6 +178,8 @@ class Loop:
         ratio = planned * self.settings.sequence_length / count
         starved = "" if ratio >= CHINCHILLA else f" (fewer than the {CHINCHILLA} that use compute best)"
         say = self.log.say
+        for notice in self.r.notices:
+            say(notice)
         if self.r.resumed:
             for notice in (*self.r.resumed.notices, f"resuming at step {step}"):
                 say(notice)
