@@ -60,6 +60,10 @@ CASES = {
 }
 
 
+OFTEN = ("llama with biases and its own head_dim", "qwen2", "mistral with a window")
+"""Cases of `make test`; the others are exhaustive."""
+
+
 def sensible(config: ModelConfig, likely: list[int]) -> dict[str, Any]:
     """Random weights that know which tokens are likely: `sft` refuses a model that is worse than a guess."""
     params = {name: np.array(array) for name, array in random_params(config).items()}
@@ -137,7 +141,7 @@ def use(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.exhaustive) for n in CASES])
 def test_every_verb_takes_an_imported_folder(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -48,7 +48,14 @@ class Case:
         return ladder.climb(comparison, **options)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama-float32", "gpt2-bfloat16", "llama-bfloat16")]
+SLOW = [
+    pytest.param("llama-bfloat16", marks=pytest.mark.slow),
+    *(
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+        for name in ("llama-float32", "gpt2-bfloat16")
+    ),
+]
+"""`make equivalence` climbs the ladder with every model in both dtypes."""
 
 
 @pytest.fixture(scope="module", params=["gpt2-float32", *SLOW])
