@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import small_vocabularies as small
 import transformers
+from hostile_vocabularies import framed
 
 from jaxgpt.chat import CHATML, PLAIN, TEMPLATES, Message, Template, paired_tags, render
 from jaxgpt.errors import InputError
@@ -157,6 +158,16 @@ def test_a_gpt2_of_the_hub_stays_kind_gpt2_and_keeps_its_files(tmp_path: Path):
     assert [(s.name, s.id) for s in tokenizer.specials] == [("end_of_text", 50256)]
     out = written(Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())), 50257), tmp_path / "out")
     assert values(out) == values(folder)
+
+
+def test_a_gpt2_that_begins_every_text_with_a_token_keeps_it(tmp_path: Path):
+    folder = written(Tokenizer.create("gpt2", template=PLAIN, model_vocab_size=50257), tmp_path / "in")
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    framed(50256)(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    tokenizer = tokenizer_of(folder, 50304)
+    assert (tokenizer.kind, tokenizer.bos_ids) == ("hf", (50256,))
+    assert [*tokenizer.bos_ids, *tokenizer.encode("Hello world")] == theirs(folder)("Hello world").input_ids
 
 
 def test_gpt2_with_another_programs_tokens_is_imported_with_them(tmp_path: Path):
