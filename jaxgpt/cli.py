@@ -38,7 +38,7 @@ VERBS = (
     Verb("check", s.CheckSettings, "check:check", "prove that training and inference are the same model"),
     Verb("inspect", s.InspectSettings, "look:inspect", "say what a checkpoint, Hugging Face folder or GGUF file holds"),
     Verb("bench", s.BenchSettings, "bench:bench", "measure prefill and decode speed"),
-    Verb("import", s.ImportSettings, "convert:import_", "turn a Hugging Face folder into a checkpoint"),
+    Verb("import", s.ImportSettings, "convert:import_", "turn a Hugging Face folder or .pt file into a checkpoint"),
     Verb("export", s.ExportSettings, "convert:export", "turn a checkpoint into a Hugging Face folder or a GGUF file"),
     Verb("tokenizer add", s.TokenizerAddSettings, "tokenizer:add", "give a model more tokens of content"),
     Verb("tokenizer repair", s.TokenizerRepairSettings, "tokenizer:repair", "put a checkpoint's tokenizer right"),

@@ -313,7 +313,7 @@ class ImportSettings:
     """`jaxgpt import`: a model of another program as a checkpoint."""
 
     source: str = field(**_POSITIONAL)
-    """Hugging Face folder (config.json and safetensors), or a .pt file of a training script such as nanoGPT's"""
+    """Hugging Face folder (safetensors or pytorch_model.bin), or a .pt file such as nanoGPT's"""
     directory: str = field(**_POSITIONAL)
     """checkpoint folder to write"""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"

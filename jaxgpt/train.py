@@ -16,6 +16,7 @@ from jaxgpt.data.batches import Batch, EpisodeBatches, PretrainBatches, validati
 from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
+from jaxgpt.formats.hf_settings import LINEAGE
 from jaxgpt.presets import PRESETS
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
@@ -68,6 +69,7 @@ def _pretraining(settings: PretrainSettings) -> Run:
         fresh=source is None,
         origin={"command": "pretrain", "settings": dataclasses.asdict(settings)},
         parent=settings.init_from or None,
+        lineage=_lineage(source),
         resumed=resumed,
     )
 
@@ -108,12 +110,17 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         fresh=False,
         origin={"command": "sft", "settings": dataclasses.asdict(settings), "episodes": str(training)},
         parent=settings.model,
+        lineage=_lineage(source),
         resumed=resumed,
         notices=notices,
     )
 
 
 _Settings = TypeVar("_Settings", PretrainSettings, SFTSettings)
+
+
+def _lineage(source: Checkpoint | None) -> dict[str, Any]:
+    return {key: source.provenance[key] for key in LINEAGE if key in source.provenance} if source else {}
 
 
 # -- Putting a run together ------------------------------------------------------------

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Run:
     """JSON: which command and settings; what `resume` starts from."""
     parent: str | None = None
     """The checkpoint the weights came from."""
+    lineage: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What stays true of it: see `hf_settings.LINEAGE`."""
     resumed: Checkpoint | None = None
     notices: Sequence[str] = ()
     """Lines to print before the first step: what was chosen for the user."""
@@ -316,7 +318,10 @@ class Loop:
                 eos_token_ids=list(self.r.tokenizer.stop_ids),
                 tokenizer=self.r.tokenizer,
                 template=self.r.template,
-                provenance={"parent": self.r.parent, "data": self.r.batches.fingerprint, "tokens": self.tokens},
+                provenance={
+                    **self.r.lineage,
+                    **{"parent": self.r.parent, "data": self.r.batches.fingerprint, "tokens": self.tokens},
+                },
                 train={jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves},
                 train_json={
                     "origin": self.r.origin,

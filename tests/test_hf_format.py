@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,3 +302,67 @@ def test_one_value_that_is_not_finite_is_seen_in_every_dtype(bad: float, dtype: 
     params["layers.1.mlp.up.kernel"][3, 4] = bad
     hf.write(a_checkpoint("llama", dtype, params=params), tmp_path / "out")
     assert "1 parameters hold NaN or infinity (first: layers.1.mlp.up.kernel)" in hf.read(tmp_path / "out").notices
+
+
+# -- Settings --------------------------------------------------------------------------
+
+
+ROPE: dict[str, Any] = {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+
+
+@pytest.mark.parametrize("style", ["4", "5"])
+@pytest.mark.parametrize("key", ROPE)
+def test_a_rope_setting_acts_wherever_the_config_has_its_own(key: str, style: str, tmp_path: Path):
+    settings = json.loads((a_folder(tmp_path / "in", "llama") / "config.json").read_text())
+    gone = ("rope_parameters",) if style == "4" else ("rope_theta", "rope_scaling")
+    (tmp_path / "in/config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in gone}))
+    before, found = (hf.read(tmp_path / "in", given).config for given in ({}, {key: ROPE[key]}))
+    assert found.rope_theta == (500.0 if key == "rope_theta" else before.rope_theta)
+    assert (found.rope_scaling is None) == (key == "rope_theta")
+    with pytest.raises(InputError, match="must be a positive number, got 0"):
+        hf.read(tmp_path / "in", {key: 0.0 if key == "rope_theta" else {"rope_type": "linear", "factor": 0}})
+    with pytest.raises(InputError, match="give one of them"):
+        hf.read(tmp_path / "in", {key: ROPE[key], "rope_parameters": {"rope_type": "default"}})
+
+
+def test_a_setting_that_is_none_of_the_models_is_said_to_be_from_the_command(tmp_path: Path):
+    with pytest.raises(InputError, match=r"^config\.json with --set n_heads has keys jaxgpt does not know: n_heads"):
+        hf.read(a_folder(tmp_path / "in", "llama"), {"n_heads": 7})
+
+
+SAID = {"bos_token_id": 3, "pad_token_id": 9, "eos_token_id": 7, "max_window_layers": 1, "use_cache": False}
+SAMPLING = {"do_sample": True, "temperature": 0.7, "bos_token_id": 3, "eos_token_id": [7, 8], "pad_token_id": 5}
+
+
+def test_what_only_other_programs_use_comes_back_with_the_same_values(tmp_path: Path):
+    folder = a_folder(tmp_path / "in", "qwen2")
+    settings = json.loads((folder / "config.json").read_text()) | SAID
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps(SAMPLING))
+    importing.import_model(folder, tmp_path / "ours")
+    assert checkpoint.load(tmp_path / "ours").eos_token_ids == [7, 8]
+    hf.export_hf(tmp_path / "ours", tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == SAMPLING
+    both = [transformers.AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("in", "out")]
+    assert both[0] == both[1] | {"_name_or_path": both[0]["_name_or_path"]}
+    assert both[1]["bos_token_id"] == 3
+
+
+def test_other_stop_ids_than_the_sources_are_written_and_lost_ids_are_not(tmp_path: Path):
+    kept = {"hf_config": SAID | {"bos_token_id": 10**6}, "hf_generation_config": SAMPLING}
+    hf.write(dataclasses.replace(a_checkpoint("qwen2"), provenance=kept, eos_token_ids=[7]), tmp_path / "out")
+    names = ("config.json", "generation_config.json")
+    settings, generation = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+    assert settings["eos_token_id"] == generation["eos_token_id"] == 7
+    assert "bos_token_id" not in settings
+    assert generation["temperature"] == 0.7
+
+
+def test_transformers_puts_no_ids_of_its_own_into_a_model_without_them(tmp_path: Path):
+    assert transformers.AutoConfig.from_pretrained(a_folder(tmp_path / "out", "gpt2")).bos_token_id is None
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe or device"):
+        importing.read(tmp_path / "pipe", {})

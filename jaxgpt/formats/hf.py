@@ -22,7 +22,7 @@ from jaxgpt.chat import Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError, first
-from jaxgpt.formats import hf_tokenizer, hf_weights, json_file, safetensors_file
+from jaxgpt.formats import hf_settings, hf_tokenizer, hf_weights, safetensors_file
 from jaxgpt.formats.folder_links import refuse_links_outside
 from jaxgpt.formats.hf_weights import WEIGHTS
 from jaxgpt.formats.mislabelled import mislabelled
@@ -51,6 +51,8 @@ class HFModel:
     """The chat template whose tokens the tokenizer has, where there is one."""
     notices: list[str] = field(default_factory=list[str])
     """Lines the caller should print: what was left out or looks odd."""
+    kept: dict[str, Any] = field(default_factory=dict[str, Any])
+    """For provenance: see `hf_settings.kept`."""
 
 
 # -- Reading ---------------------------------------------------------------------------
@@ -73,16 +75,20 @@ def read(
     folder = Path(folder)
     notices: list[str] = []
     refuse_links_outside(folder)
-    hf = {**json_file.read(folder / "config.json"), **overrides}
+    hf = hf_settings.read(folder, overrides)
     source, found = hf_weights.read(folder, every_value=every_value)
     tensors = _parameters(found, source, notices)
     if hf.get("model_type") == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
         tensors = {name if name == "lm_head.weight" else f"transformer.{name}": t for name, t in tensors.items()}
-    model_config, params = translated(hf, tensors, source, notices, every_value=every_value)
-    eos = _eos_token_ids(folder, hf, model_config.vocab_size, notices)
+    changed = f" with {first([f'--set {key}' for key in overrides])}" if overrides else ""
+    model_config, params = translated(
+        hf, tensors, source, notices, every_value=every_value, settings=hf_settings.CONFIG + changed
+    )
+    eos = hf_settings.eos_token_ids(hf, folder, model_config.vocab_size, notices)
     tokenizer, template = hf_tokenizer.read(folder, model_config.vocab_size, notices, tuple(eos))
     dtype, model_type = most_common_dtype(params), hf["model_type"]
-    return HFModel(model_type, model_config, params, tensors, dtype, eos, tokenizer, template, notices)
+    kept = hf_settings.kept(hf, folder, model_config)
+    return HFModel(model_type, model_config, params, tensors, dtype, eos, tokenizer, template, notices, kept)
 
 
 def translated(
@@ -92,6 +98,7 @@ def translated(
     notices: list[str],
     *,
     every_value: bool = True,
+    settings: str = hf_settings.CONFIG,
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """A config.json's content and its tensors as ours; a repeated tied head is taken out of `tensors`.
 
@@ -101,11 +108,15 @@ def translated(
         source: the file that messages name.
         notices: lines the caller should print are added.
         every_value: look at each for NaN.
+        settings: what messages call the place that `hf` is from.
 
     Raises:
         InputError: an architecture jaxgpt does not have, or tensors that are not exactly the model's.
     """
-    model_config = config.from_hf(hf)
+    try:
+        model_config = config.from_hf(hf)
+    except InputError as error:
+        raise InputError(str(error).replace("config.json", settings, 1)) from None
     _drop_tied_head(model_config, tensors, notices)
     if model_config.num_hidden_layers > len(tensors):
         # Before the names of that many layers are spelled out.
@@ -180,21 +191,6 @@ def _is_finite(array: np.ndarray) -> bool:
     return max(int(signed.max()), int(unsigned.max()) - sign) < _INFINITY[str(array.dtype)]
 
 
-def _eos_token_ids(folder: Path, hf: Mapping[str, Any], vocab_size: int, notices: list[str]) -> list[int]:
-    generation = folder / "generation_config.json"
-    values = [hf.get("eos_token_id"), json_file.read(generation).get("eos_token_id") if generation.exists() else None]
-    found: list[int] = []
-    for value in values:
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(id) is not int for id in ids):
-            raise InputError(f"eos_token_id must be an integer or a list of them, got {value!r}")
-        found += [id for id in ids if id not in found]
-    outside = [str(id) for id in found if not 0 <= id < vocab_size]
-    if outside:
-        notices.append(f"eos_token_id {first(outside)} is outside the vocabulary of {vocab_size:,}; ignored")
-    return [id for id in found if 0 <= id < vocab_size]
-
-
 # -- Writing ---------------------------------------------------------------------------
 
 
@@ -233,13 +229,9 @@ def _write_files(source: Checkpoint, folder: Path) -> list[str]:
     tensors = weights.to_hf(source.config, source.params)
     safetensors_file.write(folder / WEIGHTS, tensors)
     dtype = Counter(str(tensor.dtype) for tensor in tensors.values()).most_common(1)[0][0]
-    ids = source.eos_token_ids
-    # None is said too: transformers would put its own default in place of a missing key.
-    eos = {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
-    known, kinds = source.provenance.get("model_type"), config.hf_model_types(source.config)
-    settings = config.to_hf(source.config, dtype, known if known in kinds else None)
-    _write_json(folder / "config.json", {**settings, **eos})
-    _write_json(folder / "generation_config.json", eos)
+    settings, generation = hf_settings.written(source, dtype)
+    _write_json(folder / hf_settings.CONFIG, settings)
+    _write_json(folder / hf_settings.GENERATION, generation)
     if source.tokenizer is None:
         return ["no tokenizer written: the checkpoint has none"]
     return hf_tokenizer.write(source.tokenizer, source.template, folder, source.config.max_position_embeddings)

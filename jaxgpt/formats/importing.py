@@ -67,7 +67,8 @@ def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarra
     return Contents(
         config=found.config,
         params=params,
-        stage="base",
+        # A template is there for conversations: `chat` shall take it with no further flag.
+        stage="sft" if found.template else "base",
         compute_dtype=cast or found.dtype,
         eos_token_ids=found.eos_token_ids,
         tokenizer=found.tokenizer,
@@ -75,6 +76,7 @@ def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarra
         provenance={
             "source": str(Path(source).absolute()),
             "model_type": found.model_type,
+            **found.kept,
             "format": "hf" if Path(source, "config.json").exists() else "pt",
         },
     )
@@ -108,6 +110,8 @@ def read(source: str | Path, overrides: Mapping[str, Any]) -> HFModel:
             )
         refuse_links_outside(source)
         source = files[0]
+    if not source.is_file():  # a pipe would wait for whoever writes into it
+        raise InputError(f"{source} is a pipe or device; give a Hugging Face folder or a .pt file")
     if source.suffix == ".gguf":
         raise InputError(f"{source} holds tensors without all that a model needs; GGUF is written here, not read")
     if source.suffix == ".safetensors" or (source.suffix == ".bin" and (source.parent / "config.json").exists()):
@@ -118,7 +122,7 @@ def read(source: str | Path, overrides: Mapping[str, Any]) -> HFModel:
 def _from_pt(path: Path, overrides: Mapping[str, Any]) -> HFModel:
     """A training script's file; it names no tokenizer, but a vocabulary of GPT-2's size is GPT-2's."""
     found = pt_model.read(path, overrides)
-    config, params = hf.translated(found.hf, found.tensors, path.name, found.notices)
+    config, params = hf.translated(found.hf, found.tensors, path.name, found.notices, settings=path.name)
     tokenizer, stops = None, list[int]()
     if Gpt2Encoder.size <= config.vocab_size < Gpt2Encoder.size + ROW_MULTIPLE:
         tokenizer = Tokenizer.create("gpt2", template=TEMPLATES["plain"], model_vocab_size=config.vocab_size)

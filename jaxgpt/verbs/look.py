@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +48,8 @@ def inspect(settings: InspectSettings, output: Output) -> int:
         return 1 if alarms else 0
     _describe(seen.description, output)
     computed = {entry.name for entry in found}
-    for name, entry in (seen.listed or {}).items():
-        if name not in computed and (settings.tensors or not is_gguf):
-            output.say(f"{name:<34}{'×'.join(map(str, entry['shape'])):<16}{entry['dtype']}")
+    listed = {name: entry for name, entry in (seen.listed or {}).items() if name not in computed}
+    _list(listed if settings.tensors or not is_gguf else {}, output)
     _table(found, output)
     if wrong:
         output.say(f"ALARM: {wrong}")
@@ -167,8 +166,12 @@ def _describe(description: Mapping[str, Any], output: Output) -> None:
         if added := tokenizer["added"]:
             output.say(f"  {'added tokens':<24}{len(added):,}: {first([repr(text) for text in added])}")
     for group in ("provenance", "settings"):
-        for key, value in (description.get(group) or {}).items():
-            output.say(f"{f'{group}.{key}':<25} {value}")
+        values: Mapping[str, Any] = description.get(group) or {}
+        width = max(25, _width(f"{group}.{key}" for key in values) - 1)
+        for key, value in values.items():
+            if isinstance(value, dict) and key.startswith("hf_"):
+                value = f"{len(value)} values, written again by export --format hf"
+            output.say(f"{f'{group}.{key}':<{width}} {value}")
     for key, value in description.get("metadata", {}).items():
         output.say(f"{key:<46}{_metadata_text(value)}")
 
@@ -179,11 +182,26 @@ def _shown(key: str, value: Any) -> Any:
     return ", ".join(f"{count}× {dtype}" for dtype, count in value.items()) if key == "dtypes" else value
 
 
+def _list(listed: Mapping[str, Mapping[str, Any]], output: Output) -> None:
+    shapes = {name: _times(entry["shape"]) for name, entry in listed.items()}
+    names, sizes = _width(listed), _width(shapes.values())
+    for name, entry in listed.items():
+        output.say(f"{name:<{names}}{shapes[name]:<{sizes}}{entry['dtype']}")
+
+
+def _width(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0) + 2
+
+
+def _times(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape))
+
+
 def _table(found: "list[TensorStatistics]", output: Output) -> None:
+    names, sizes = _width(entry.name for entry in found), _width(_times(entry.shape) for entry in found)
     for entry in found:
-        shape = "×".join(map(str, entry.shape))
         numbers = f"mean {entry.mean:+.3e}  std {entry.std:.3e}  min {entry.min:+.3e}  max {entry.max:+.3e}"
         first = " ".join(f"{value:+.4f}" for value in entry.first)
-        output.say(f"{entry.name:<34}{shape:<12}{entry.dtype:<10}{numbers}  first {first}")
+        output.say(f"{entry.name:<{names}}{_times(entry.shape):<{sizes}}{entry.dtype:<10}{numbers}  first {first}")
         if entry.alarm:
             output.say(f"  ALARM: {entry.alarm}")
