@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import re
+import time
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ import tokenizers
 import torch
 import transformers
 from conftest import CONFIGS, random_params
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from jaxgpt import checkpoint, cli, model
@@ -30,7 +34,7 @@ from jaxgpt.formats import hf_tokenizer
 from jaxgpt.formats.gguf_tokenizer import metadata
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.vocabularies import vocabulary_files
-from jaxgpt.vocabularies.token_matching import is_word
+from jaxgpt.vocabularies.token_matching import TokenMatcher, is_word
 
 # -- Edges -----------------------------------------------------------------------------
 
@@ -125,6 +129,24 @@ def test_letters_are_those_of_the_package():
     word = library.token_to_id("w")
     within = [word not in encoding.ids for encoding in library.encode_batch_fast([f"{c}w" for c in every])]
     assert [c for c, theirs in zip(every, within, strict=True) if is_word(c) != theirs] == []
+
+
+@given(st.sets(st.text("ab]^-", min_size=1, max_size=5), max_size=8), st.text("ab]^-c", max_size=20))
+def test_tokens_are_found_as_by_one_regex_of_all_of_them(tokens: set[str], text: str):
+    simple = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+    ids = {token: id for id, token in enumerate(tokens)}
+    # A text between tokens is none of them, or it would have been found.
+    expected = [ids.get(piece, piece) for piece in re.split(f"({simple})", text) if piece]
+    assert list(TokenMatcher(ids, {}).cut(text, ())) == expected
+
+
+def test_a_hundred_thousand_tokens_are_found_in_good_time():
+    tokens = {f"{'<[(ek'[n % 5]}MUL_{n}>": n for n in range(100_000)}
+    begin = time.process_time()
+    found = list(TokenMatcher(tokens, {}).cut("seek <MUL_1> " * 1000 + "<MUL_5>kMUL_99999>", ()))
+    # Ten seconds where every token is tried at every character.
+    assert time.process_time() - begin < 2
+    assert found == ["seek <MUL_1> " * 1000, 5, 99999]
 
 
 # -- Rows ------------------------------------------------------------------------------

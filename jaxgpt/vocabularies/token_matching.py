@@ -8,6 +8,7 @@ The rules are those of `AddedVocabulary::find_matches` in tokenizers
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 
 from jaxgpt.vocabularies.kinds import SPACES, Edges
@@ -22,8 +23,12 @@ class TokenMatcher:
         """Takes tokens by their string, and the edges of those that have any."""
         self._ids = dict(ids)
         self._edges = edges
-        # Alternatives are tried in order: the longest first, so that no prefix wins.
-        self._any = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or r"(?!)")
+        lengths: defaultdict[str, set[int]] = defaultdict(set)
+        for token in ids:
+            lengths[token[0]].add(len(token))
+        # One regex of all tokens would try a hundred thousand of them at every character.
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._first = re.compile(f"[{''.join(map(re.escape, lengths))}]" if lengths else r"(?!)")
 
     def cut(self, text: str, silent: Container[str]) -> Iterator[str | int]:
         """The text as ids of tokens and the texts between them, none empty.
@@ -31,8 +36,8 @@ class TokenMatcher:
         Tokens in `silent` are text: they are matched, so that no other token begins within them, and left.
         """
         begin = 0
-        for match in self._any.finditer(text):
-            token, (start, stop) = match[0], match.span()
+        for start, token in self._found(text):
+            stop = start + len(token)
             edges = self._edges.get(token, _PLAIN)
             if token in silent or (edges.single_word and _within_word(text, start, stop)):
                 continue
@@ -46,6 +51,20 @@ class TokenMatcher:
             begin = stop
         if begin < len(text):
             yield text[begin:]
+
+    def _found(self, text: str) -> Iterator[tuple[int, str]]:
+        """Where tokens begin, and which: the leftmost first, the longest first, so that no prefix wins."""
+        stop = 0
+        for match in self._first.finditer(text):
+            start = match.start()
+            if start < stop:
+                continue
+            for length in self._lengths[match[0]]:
+                token = text[start : start + length]
+                if token in self._ids:
+                    yield start, token
+                    stop = start + len(token)
+                    break
 
 
 def _within_word(text: str, start: int, stop: int) -> bool:
