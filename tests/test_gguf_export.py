@@ -24,6 +24,7 @@ from jaxgpt.formats import gguf_export, gguf_header, gguf_metadata, gguf_tokeniz
 from jaxgpt.ops import rope_frequencies
 from jaxgpt.settings import ExportSettings
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.vocabularies.bpe import HfEncoder
 
 BLOCKS = dataclasses.replace(LLAMA, hidden_size=96, head_dim=16, intermediate_size=52)
 
@@ -237,15 +238,26 @@ def test_every_row_has_a_token_of_its_own():
     assert found["tokenizer.ggml.merges"][:2] == ["Ġ t", "Ġ a"]  # type: ignore[index]
 
 
-def test_characters_are_not_spelled_twice():
-    tokenizer = Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["ab \u2581"])
-    found, notices = gguf_tokenizer.metadata(tokenizer, None, tokenizer.model_vocab_size, [])
-    tokens: Any = found["tokenizer.ggml.tokens"]
-    assert tokens[97] == "<0x61>"
-    assert tokens[256:260] == ["\u2581", "a", "b", "\u2581<|pad_259|>"]
-    assert len(set(tokens)) == len(tokens) == tokenizer.model_vocab_size
-    # SentencePiece's sign for a space cannot be told from a space.
-    assert notices == ["1 ids repeat the text of another and are unused (259 as 256)"]
+def test_a_space_and_its_spelling_in_llama_cpp_stay_two_tokens():
+    for corpus, space, sign in (("ab \u2581", 256, 259), ("ab\u2581", 32, 258), ("ab ", 256, None), ("ab", 32, None)):
+        tokenizer = Tokenizer.create("char", template=TEMPLATES["plain"], corpus=[corpus])
+        found, notices = gguf_tokenizer.metadata(tokenizer, None, tokenizer.model_vocab_size, [])
+        tokens: Any = found["tokenizer.ggml.tokens"]
+        types: Any = found["tokenizer.ggml.token_type"]
+        assert tokens[97] == "<0x61>"
+        assert [(id, tokens[id]) for id, kind in enumerate(types) if kind == gguf_tokenizer.USER_DEFINED] == sorted(
+            (id, text) for id, text in ((space, " "), (sign, "\u2581")) if id is not None
+        )
+        assert len(set(tokens)) == len(tokens) == tokenizer.model_vocab_size
+        assert notices == []
+
+
+def test_an_added_token_spelled_as_a_byte_is_said():
+    state = Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["a"]).with_added(["<0x4>"]).state()
+    state["added_token_ids"] = {"<0x41>": 259}
+    tokenizer = Tokenizer.from_state(state, state["model_vocab_size"])
+    _, notices = gguf_tokenizer.metadata(tokenizer, None, tokenizer.model_vocab_size, [])
+    assert notices == ["llama.cpp never gives and never prints ids that repeat the text of another (259 as 65: <0x41>)"]
 
 
 def test_a_reply_ends_at_three_ids_and_more_are_said():
@@ -293,6 +305,50 @@ def test_what_llama_cpp_does_otherwise_with_text_is_said(tmp_path: Path):
         "llama.cpp does not normalise text as this tokenizer does: give it text in NFC",
         "a word that is a token: this tokenizer takes it whole, llama.cpp merges it (ignore_merges)",
     ]
+
+
+NORMALIZERS: dict[str, Any] = {
+    "give it text in NFKC": {"type": "NFKC"},
+    "(Lowercase): 'Hello' gets other ids": {"type": "Lowercase"},
+    "(Replace): 'a b' gets other ids": {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+    "(Replace): 'aqqb' gets other ids": {"type": "Replace", "pattern": {"String": "qq"}, "content": "_"},
+    "(Replace): some texts may get other ids": {"type": "Replace", "pattern": {"Regex": "q+"}, "content": "_"},
+    "(Strip): ' a' gets other ids": {"type": "Strip", "strip_left": True, "strip_right": True},
+    "(Prepend): 'Hello' gets other ids": {"type": "Prepend", "prepend": "x"},
+    "(NFD, StripAccents): 'e\\u0301' gets other ids": {
+        "type": "Sequence",
+        "normalizers": [{"type": "Sequence", "normalizers": [{"type": "NFD"}]}, {"type": "StripAccents"}],
+    },
+    "": {"type": "Sequence", "normalizers": []},
+}
+
+
+def test_a_normalizer_that_llama_cpp_lacks_is_said_with_a_text_that_shows_it():
+    content = json.loads(small.library("gpt-2").to_str())
+    for said, normalizer in NORMALIZERS.items():
+        data = {"tokenizer.json": json.dumps({**content, "normalizer": normalizer}), "added": []}
+        tokenizer = Tokenizer.of_vocabulary("hf", HfEncoder.restore(data), None)
+        _, notices = gguf_tokenizer.metadata(tokenizer, None, 768, [])
+        assert len(notices) == bool(said), normalizer
+        assert all(notice.endswith(said) for notice in notices), notices
+
+
+OVERLAPS: dict[tuple[str, ...], str] = {
+    ("<ab>", "b>cdefgh"): "(<ab>, b>cdefgh in <ab>cdefgh)",
+    ("<abcdef>", "f>g"): "",
+    ("abca", "bc"): "",
+    ("aba",): "",
+    ("endof",): "(<|endoftext|>, endof in <|endoftext|>)",
+    ("x<|", "|>y"): "(<|endoftext|>, |>y in <|endoftext|>y)",
+}
+
+
+def test_tokens_that_overlap_are_said_where_llama_cpp_takes_another():
+    base = Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["ab"])
+    for texts, said in OVERLAPS.items():
+        _, notices = gguf_tokenizer.metadata(base.with_added(texts), None, 320, [])
+        both = f"where tokens overlap {said} llama.cpp may take another one than this tokenizer"
+        assert notices == ([both] if said else []), texts
 
 
 # -- Whole or not at all ---------------------------------------------------------------

@@ -23,7 +23,7 @@ from jaxgpt import chat, model, weights
 from jaxgpt.chat import TEMPLATES, Message
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
-from jaxgpt.formats import gguf_export, hf_tokenizer
+from jaxgpt.formats import gguf_export, gguf_tokenizer, hf_tokenizer
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.vocabularies import split_rules
 from jaxgpt.weights import GGUFTensor
@@ -319,13 +319,7 @@ def an_imported_tokenizer(folder: Path, form: str, rule: str) -> Tokenizer:
 def test_llama_cpp_tokenises_imported_vocabularies_alike(tmp_path: Path):
     texts = [*TEXTS, small.PYTHON, small.TYPED, *random_texts(100)]
     tokenizers = [an_imported_tokenizer(tmp_path / f"{form} {rule}", form, rule) for form, rule in FORMS]
-    questions: list[Any] = []
-    for number, tokenizer in enumerate(tokenizers):
-        path = tmp_path / f"{number}.gguf"
-        gguf_export.write(with_tokenizer(tokenizer), path)
-        questions.append((path, text_requests(tokenizer, texts)))
-    for tokenizer, answers in zip(tokenizers, llama_cpp.ask_all(questions), strict=True):
-        compare_texts(tokenizer, texts, answers)
+    compare_files(tmp_path, tokenizers, texts)
     assert tokenizers[-1].bos_ids == (700,)
 
 
@@ -347,19 +341,43 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randrange(1, 30))) for _ in range(count)]
 
 
-def test_llama_cpp_tokenises_generated_texts_alike(tmp_path: Path):
-    texts = random_texts(250)
-    tokenizers = [
-        Tokenizer.create("gpt2", template=TEMPLATES["plain"]),
-        Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["".join(POOLS)[:150]]),
-    ]
+def compare_files(folder: Path, tokenizers: Sequence[Tokenizer], texts: Sequence[str]) -> None:
     questions: list[Any] = []
-    for tokenizer in tokenizers:
-        path = tmp_path / f"{tokenizer.kind}.gguf"
+    for number, tokenizer in enumerate(tokenizers):
+        path = folder / f"{number}.gguf"
         gguf_export.write(with_tokenizer(tokenizer), path)
         questions.append((path, text_requests(tokenizer, texts)))
     for tokenizer, answers in zip(tokenizers, llama_cpp.ask_all(questions), strict=True):
         compare_texts(tokenizer, texts, answers)
+
+
+def test_llama_cpp_tokenises_generated_texts_alike(tmp_path: Path):
+    tokenizers = [
+        Tokenizer.create("gpt2", template=TEMPLATES["plain"]),
+        Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["".join(POOLS)[:150]]),
+    ]
+    compare_files(tmp_path, tokenizers, random_texts(250))
+
+
+def test_a_space_and_its_spelling_in_llama_cpp_are_told_apart(tmp_path: Path):
+    texts = ["a b", "a\u2581b", " \u2581 ", "\u2581", "  a", "\u2581\u2581 b", "x \u2581y\n <0x20>"]
+    tokenizers = [
+        Tokenizer.create("char", template=TEMPLATES["chatml"], corpus=[corpus])
+        for corpus in ("abc", "abc ", "abc\u2581", "abc \u2581")
+    ]
+    compare_files(tmp_path, tokenizers, texts)
+
+
+def test_where_no_overlap_is_said_llama_cpp_finds_the_same_added_tokens(tmp_path: Path):
+    rng, base = random.Random(1), Tokenizer.create("char", template=TEMPLATES["plain"], corpus=["abc"])
+    texts = ["".join(rng.choices("abc ", k=30)) for _ in range(20)]
+    tokenizers: list[Tokenizer] = []
+    while len(tokenizers) < 8:
+        sets = {"".join(rng.choices("abc", k=rng.randrange(2, 7))) for _ in range(3)}
+        tokenizer = base.with_added(sorted(sets))
+        if gguf_tokenizer.metadata(tokenizer, None, tokenizer.model_vocab_size, [])[1] == []:
+            tokenizers.append(tokenizer)
+    compare_files(tmp_path, tokenizers, texts)
 
 
 CHATS = {"qwen2": jinja_families.QWEN2, "llama3": jinja_families.LLAMA3, "zephyr": jinja_families.ZEPHYR}

@@ -5,27 +5,22 @@ Byte-level BPE is llama.cpp's `gpt2` kind; a vocabulary of bytes is one without 
 token, all others fall back to their bytes, as here.
 """
 
-import json
 from collections.abc import Sequence
 
 from jaxgpt.chat import Template
 from jaxgpt.errors import first
-from jaxgpt.formats import gguf_template
+from jaxgpt.formats import gguf_other_ids, gguf_template
 from jaxgpt.formats.gguf_metadata import Metadata
 from jaxgpt.jinja.template import JinjaTemplate
 from jaxgpt.tokenizer import END_OF_TEXT, Tokenizer
-from jaxgpt.vocabularies.bpe import ByteLevelEncoder
 from jaxgpt.vocabularies.byte_alphabet import spelled
-from jaxgpt.vocabularies.split_rules import RULES
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """llama.cpp's types of token (`llama_token_type`)."""
 DEAD_MERGE = "<|none|> <|none|>"
 """llama.cpp refuses a vocabulary without merges; this one joins what no text is cut into."""
-_SPACE = "\u2581"
-"""SentencePiece's spelling of a space."""
-_COMPOSABLE = "e\u0301"
-"""One character to a tokenizer that normalises."""
+_SPACES = (b" ", "\u2581".encode())
+"""A space, and what llama.cpp spells it with in its `llama` kind: only tokens found before that stay two."""
 _IDS = "prompts must be token ids"
 
 
@@ -40,7 +35,7 @@ def metadata(
         notice = f"no tokenizer written: llama.cpp has no rule that cuts words as this one's does; {_IDS}"
         return _ids_only(rows, [*tokenizer.stop_ids, *eos_token_ids]), [notice]
     tokens, types, notices = _tokens(tokenizer, rows, kind)
-    notices += _other_ids(tokenizer)
+    notices += gguf_other_ids.notices(tokenizer)
     found: Metadata = {"ggml.model": kind, "ggml.tokens": tokens, "ggml.token_type": types}
     if kind == "gpt2":
         merges = [f"{spelled(left)} {spelled(right)}" for left, right in tokenizer.merges]
@@ -65,26 +60,6 @@ def _kind(tokenizer: Tokenizer) -> str | None:
     return "gpt2" if all(len(token) <= 1 for token in base) else None
 
 
-def _other_ids(tokenizer: Tokenizer) -> list[str]:
-    """What this tokenizer does to text and llama.cpp does not, so that some texts get other ids."""
-    notices: list[str] = []
-    if tokenizer.normalise(_COMPOSABLE) != _COMPOSABLE:
-        notices.append("llama.cpp does not normalise text as this tokenizer does: give it text in NFC")
-    encoder = tokenizer.encoder
-    if encoder.edges:
-        notices.append(
-            f"llama.cpp does not look at what stands beside {first(sorted(encoder.edges))}: lstrip and so on"
-        )
-    if isinstance(encoder, ByteLevelEncoder):
-        whole = bool(json.loads(encoder.json())["model"].get("ignore_merges"))
-        if whole != RULES[tokenizer.pre_tokenizer].ignore_merges:
-            both = ("merges it", "takes it whole")
-            notices.append(
-                f"a word that is a token: this tokenizer {both[whole]}, llama.cpp {both[not whole]} (ignore_merges)"
-            )
-    return notices
-
-
 def _tokens(tokenizer: Tokenizer, rows: int, kind: str) -> tuple[list[str], list[int], list[str]]:
     """Text and type of every row: llama.cpp aborts on two that are spelled the same."""
     literal = {special.id: (special.text, CONTROL) for special in tokenizer.specials}
@@ -96,14 +71,14 @@ def _tokens(tokenizer: Tokenizer, rows: int, kind: str) -> tuple[list[str], list
     for id in range(rows):
         text, type_ = literal.get(id) or _token(tokenizer, id, kind)
         if text in ids and type_ != UNUSED:
-            repeated.append(f"{id} as {ids[text]}")
+            repeated.append(f"{id} as {ids[text]}: {text}")
         while not text or text in ids:
             text, type_ = f"<|pad_{id}|>" if not text else f"{text}<|pad_{id}|>", UNUSED
         ids[text] = id
         tokens.append(text)
         types.append(type_)
-    notices = [f"{len(repeated)} ids repeat the text of another and are unused ({first(repeated)})"] if repeated else []
-    return tokens, types, notices
+    unused = "llama.cpp never gives and never prints ids that repeat the text of another"
+    return tokens, types, [f"{unused} ({first(repeated)})"] if repeated else []
 
 
 def _token(tokenizer: Tokenizer, id: int, kind: str) -> tuple[str, int]:
@@ -112,9 +87,11 @@ def _token(tokenizer: Tokenizer, id: int, kind: str) -> tuple[str, int]:
         return "", UNUSED
     if kind == "gpt2":
         return spelled(token), NORMAL
+    if token in _SPACES and tokenizer.encode(token.decode()) == [id]:
+        return token.decode(), USER_DEFINED
     # The 256 bytes of kind char come before its characters.
     if id >= 256 and token != b"\0":
-        return token.decode().replace(" ", _SPACE), NORMAL
+        return token.decode(), NORMAL
     # llama.cpp ends a token's text at a zero: a corpus that has this character has it as the byte.
     return (f"<0x{token[0]:02X}>", BYTE) if token != b"\0" or tokenizer.encode("\0") == [id] else ("", UNUSED)
 
