@@ -114,7 +114,10 @@ def _config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.exists():
         refuse_checkpoint(source)
-        raise InputError(f"{source} has no config.json; --reference takes a Hugging Face model folder")
+        raise InputError(
+            f"{source} has no config.json; --reference takes a Hugging Face model folder; "
+            "without it the checkpoint's own export is compared"
+        )
     return _object(path)
 
 

@@ -102,7 +102,11 @@ def test_a_reference_of_another_model_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "{} has no config.json; --reference takes a Hugging Face model folder"),
+        (
+            None,
+            "{} has no config.json; --reference takes a Hugging Face model folder; "
+            "without it the checkpoint's own export is compared",
+        ),
         ("{", "{}/config.json is not readable JSON; restore it"),
         ("[]", "{}/config.json is not a JSON object; restore it"),
         ("[" * 100_000, "{}/config.json is not readable JSON; restore it"),

@@ -131,7 +131,10 @@ def _files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if not (folder / INDEX).exists():
-        raise LoadError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight formats are not read")
+        raise LoadError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight formats are not read: "
+            "load it with transformers and save it again with save_pretrained"
+        )
     names = _json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise LoadError(f"{folder / INDEX} has no weight_map from tensors to files")

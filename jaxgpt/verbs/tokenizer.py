@@ -1,6 +1,7 @@
 """`jaxgpt tokenizer add` and `jaxgpt tokenizer repair`."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +68,7 @@ def repair(settings: TokenizerRepairSettings, output: Output) -> int:
     if left:
         output.note(
             f"left as they are: special tokens of the base vocabulary that look like content ({first(left)}); "
-            f"if they are, say so: --token '{left[0]}'"
+            f"if they are, say so: {' '.join(f'--token {shlex.quote(text)}' for text in left)}"
         )
     if refused:
         lines = sum(change.guessed for change in guessed[0].changes)
@@ -76,7 +77,10 @@ def repair(settings: TokenizerRepairSettings, output: Output) -> int:
             "with what the model was trained with, then add --adopt"
         )
     count = f"{len(wrong)} of {len(steps)} steps"
-    output.say(f"repaired {count}; no weight was touched" if wrong else f"nothing to repair in {settings.directory}")
+    nothing = (
+        f"nothing certain to repair in {settings.directory}" if left else f"nothing to repair in {settings.directory}"
+    )
+    output.say(f"repaired {count}; no weight was touched" if wrong else nothing)
     return 0
 
 
