@@ -38,6 +38,6 @@ def chosen(
     found = vocabulary_files.read(name, kind=kind)
     # Its own special token is all that kind gpt2 has.
     if kind is None and found.encoder.specials.keys() | found.encoder.added.keys() <= {END_OF_TEXT} and is_gpt2(found):
-        return Tokenizer.create("gpt2", template=template), []
+        return Tokenizer.create("gpt2", template=template), found.notices
     tokenizer = Tokenizer.of_vocabulary(found.kind, found.encoder, template, names=found.names, files=found.files)
     return tokenizer, found.notices

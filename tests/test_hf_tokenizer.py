@@ -170,6 +170,33 @@ def test_a_gpt2_that_begins_every_text_with_a_token_keeps_it(tmp_path: Path):
     assert [*tokenizer.bos_ids, *tokenizer.encode("Hello world")] == theirs(folder)("Hello world").input_ids
 
 
+SAID_BEFORE = {"add_prefix_space": True, "add_bos_token": True, "bos_token": "<|endoftext|>"}
+
+
+@pytest.mark.parametrize("form", ["two files", "json", "generic class"])
+@pytest.mark.parametrize(("rule", "name"), [("gpt-2", "GPT2Tokenizer"), ("qwen2", "Qwen2TokenizerFast")])
+def test_what_the_settings_put_before_a_text_is_put_as_by_transformers(rule: str, name: str, form: str, tmp_path: Path):
+    two_files = form == "two files"
+    folder = small.as_two_files(tmp_path / "in", rule, name) if two_files else small.as_json(tmp_path / "in", rule)
+    before = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    small.noted(
+        folder, {**before, "tokenizer_class": "PreTrainedTokenizerFast" if "gen" in form else name, **SAID_BEFORE}
+    )
+    tokenizer, notices = read(folder)
+    assert tokenizer
+    out = written(tokenizer, tmp_path / "out")
+    for text in ("hello world 12", "\n1", " x", small.PYTHON):
+        expected = theirs(folder)(text).input_ids
+        assert [*tokenizer.bos_ids, *tokenizer.encode(text)] == theirs(out)(text).input_ids == expected
+        assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.normalise(text)
+    by_json = "is ignored: tokenizer.json decides, in transformers too"
+    assert any(f"add_bos_token true {by_json}" in line for line in notices) == (not two_files)
+    assert any(f"add_prefix_space true {by_json}" in line for line in notices) == ("gen" in form)
+    assert any("puts a space before a text (add_prefix_space), against tokenizer.json" in line for line in notices) == (
+        form == "json"
+    )
+
+
 def test_gpt2_with_another_programs_tokens_is_imported_with_them(tmp_path: Path):
     folder = written(Tokenizer.create("gpt2", template=PLAIN, model_vocab_size=50257), tmp_path / "in")
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -72,7 +72,7 @@ def test_gpt2s_files_are_kind_gpt2(tmp_path: Path):
         (tmp_path / name).write_bytes(gpt2_files()[openai].read_bytes())
     tokenizer, notices = chosen(str(tmp_path), CHATML)
     assert tokenizer.state() == Tokenizer.create("gpt2", template=CHATML).state()
-    assert notices == []
+    assert notices == ["text is cut into words by the rule gpt-2: no tokenizer_class or model_type says which"]
 
 
 def test_names_and_paths_that_are_nothing_are_refused(tmp_path: Path):

@@ -133,6 +133,13 @@ def test_a_bos_of_the_post_processor_is_told_and_not_encoded(tmp_path: Path):
     assert 700 not in found.encoder.encode_ordinary("a")
 
 
+def test_a_bos_that_cannot_be_put_is_told(tmp_path: Path):
+    folder = small.as_two_files(tmp_path, "qwen2", "Qwen2Tokenizer")
+    small.noted(folder, {"add_bos_token": True})
+    notices = vocabulary_files.read(folder).notices
+    assert "tokenizer_config.json: add_bos_token true is ignored: no bos_token is in the vocabulary" in notices
+
+
 # -- Kinds bpe and hex -----------------------------------------------------------------
 
 
@@ -256,6 +263,7 @@ def test_a_tokenizer_that_computes_too_long_is_stopped(tmp_path: Path, monkeypat
         ("merges.txt", "#version: 0.2\na\n", "line 2 of the merges is 'a', expected a pair of byte-level tokens"),
         ("merges.txt", "a ÿz\n", "merges.txt cannot be read by tokenizers: "),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "does not note its added tokens as transformers"),
+        ("tokenizer_config.json", '{"add_bos_token": 1}', "add_bos_token is '1', expected true or false"),
         ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "tokenizer_config.json is not readable JSON"),
         ("added_tokens.json", '{"<x>": null}', "added token <x> has id 'None'; expected an integer"),
         ("added_tokens.json", '{"<x>": 5}', "<x> has id 5, already '&'"),

@@ -112,9 +112,16 @@ class ByteLevelEncoder(Encoder):
         """What the normalizer makes of a text, and the space that some vocabularies put before it."""
         normalizer = self._library.normalizer
         text = text if normalizer is None else normalizer.normalize_str(text)
+        if not self.prefixes_space:
+            return text
+        pieces = self._library.pre_tokenizer.pre_tokenize_str(text)
+        return b"".join(unspelled(piece) or b"" for piece, _ in pieces).decode()
+
+    @property
+    def prefixes_space(self) -> bool:
+        """Whether a space is put before what does not begin with one."""
         steps = split_rules.flat(section(self._library.pre_tokenizer))
-        prefixed = any(step.get("type") == "ByteLevel" and step.get("add_prefix_space", True) for step in steps)
-        return f" {text}" if prefixed and text and not text[0].isspace() else text
+        return any(step.get("type") == "ByteLevel" and step.get("add_prefix_space", True) for step in steps)
 
     def with_content(self, texts: Collection[str]) -> "Encoder":
         """See `Encoder`; changes what the files say of these tokens."""

@@ -17,6 +17,7 @@ from jaxgpt.errors import InputError, first
 from jaxgpt.special_tokens import END, END_OF_TEXT, PAD
 from jaxgpt.vocabularies import bpe, split_rules, tokenizer_probe
 from jaxgpt.vocabularies.bpe import BpeEncoder, ByteLevelEncoder, HexEncoder, HfEncoder
+from jaxgpt.vocabularies.class_settings import ClassSettings
 from jaxgpt.vocabularies.kinds import kind_named
 
 JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -70,20 +71,36 @@ def read(path: str | Path, *, kind: Kind | None = None, eos_ids: tuple[int, ...]
     notices: list[str] = []
     content = _object(json_file, read_text(json_file)) if json_file.is_file() else {}
     data, kind = _data(folder, json_file, content, beside, kind, notices)
+    asked = ClassSettings(beside.settings, beside.config, beside.named("bos_token"))
+    if kind == "hf":
+        data["tokenizer.json"] = asked.over_json(data["tokenizer.json"], notices)
     own = {str(note.get("content")): note for note in _list(content, "added_tokens")}
     noted = _noted(beside, own, _vocabulary(content, data), notices)
     # tokenizer.json has its own: the package adds them.
     data["added"] = [note for text, note in noted.items() if kind != "hf" or text not in own]
     encoder = {"hf": HfEncoder, "bpe": BpeEncoder, "hex": HexEncoder}[kind](data)
     _refuse_moved(encoder, {text: note["id"] for text, note in noted.items()})
+    if kind == "bpe" and not content:
+        encoder = asked.over_two_files(encoder)
+        kind = "hf" if isinstance(encoder, HfEncoder) else kind
     if kind == "hf":
         _refuse_lost_bytes(encoder)
     _refuse_reachable(encoder)
     notices += encoder.not_honoured()
     if encoder.bos_ids:
         bos = _bos(encoder)
-        notices.append(f"{JSON} puts {bos} before a text: so do prompts of raw text; in a chat the template does")
+        file = JSON if content else SETTINGS
+        notices.append(f"{file} puts {bos} before a text: so do prompts of raw text; in a chat the template does")
+    if kind == "hf" or not content:
+        notices += asked.ignored(encoder, _decider(kind, bool(content)))
     return Found(kind, encoder, _names(encoder, beside, eos_ids), beside.texts, notices)
+
+
+def _decider(kind: Kind, in_json: bool) -> str:
+    """Why what a folder's settings say before a text is not put there."""
+    if in_json:
+        return f"{JSON} decides, in transformers too"
+    return "kind hex has no such step" if kind == "hex" else "no bos_token is in the vocabulary"
 
 
 def is_gpt2(found: Found) -> bool:
