@@ -49,7 +49,10 @@ class ChatSession:
     ):
         """Raises InputError: no tokenizer, or no template that knows a system message."""
         if lm.tokenizer is None:
-            raise InputError("the checkpoint has no tokenizer jaxgpt knows; it can only be used with token ids")
+            raise InputError(
+                "the checkpoint has no tokenizer jaxgpt knows; it can only be used with token ids: "
+                "jaxgpt generate DIRECTORY --ids 1,2,3"
+            )
         if lm.template is None and not raw:
             raise InputError("the checkpoint has no chat template; use --raw to continue text")
         self.lm = lm
