@@ -377,7 +377,7 @@ def test_the_command_writes_a_file_and_inspect_reads_it(tmp_path: Path, capsys: 
     assert found["parameters"]["blk.1.attn_q.weight"] == {"shape": [84, 42], "dtype": "F16", "bytes": 7056}
     assert cli.main(["inspect", str(path), "--tensors"]) == 0
     shown = capsys.readouterr().out
-    assert "blk.1.attn_q.weight               84×42           F16\n" in shown
+    assert "blk.1.attn_q.weight       84×42   F16\n" in shown
     assert "320 values: '<0x00>' '<0x01>'" in shown
 
 
