@@ -1,6 +1,7 @@
 """Chat templates in Hugging Face folders: found where transformers finds them, put back as they were."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,13 @@ def test_templates_of_which_none_is_the_default_are_left_out_with_a_notice(tmp_p
     folder = folder_with(tmp_path, {"chat_template": [{"name": "rag", "template": "x"}]}, {})
     assert template_import.read_from(folder, read_tokenizer(folder), notices) is None
     assert notices == ["no chat template imported: none is named default, but rag"]
+
+
+def test_a_pipe_among_further_templates_is_refused_and_never_opened(tmp_path: Path):
+    folder = folder_with(tmp_path / "in", *PLACES["files"])
+    os.mkfifo(folder / "additional_chat_templates" / "late.jinja")
+    with pytest.raises(InputError, match=r"late\.jinja is a folder, pipe or device, not a file"):
+        template_files.find(folder)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

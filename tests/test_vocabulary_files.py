@@ -1,6 +1,7 @@
 """Vocabularies of other programs: the ids of the tokenizers library, the kind by content, nothing hostile loaded."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,13 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, name: str, conten
 
 def test_a_missing_file_is_named(tmp_path: Path):
     assert "vocab.json is missing or no file; give a folder with tokenizer.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "config.json"])
+def test_a_pipe_is_refused_and_never_opened(name: str, tmp_path: Path):
+    folder = small.as_two_files(tmp_path, "gpt-2", "GPT2Tokenizer")
+    os.mkfifo(folder / name)
+    assert f"{name} is a folder, pipe or device, not a file; put the file there, or remove it" in refusal(folder)
 
 
 def test_a_pattern_that_gives_up_is_an_error_and_not_a_panic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

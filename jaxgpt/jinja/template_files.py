@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxgpt.errors import InputError
 from jaxgpt.jinja.template import DEFAULT, JinjaTemplate, Placed
+from jaxgpt.regular_files import is_there
 
 FILE, FOLDER, SUFFIX = "chat_template.jinja", "additional_chat_templates", ".jinja"
 CONFIG, SPECIALS_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -49,11 +50,11 @@ def find(folder: Path) -> FoundTemplate | None:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    found = {DEFAULT: folder / FILE} if (folder / FILE).is_file() else {}
+    found = {DEFAULT: folder / FILE} if is_there(folder / FILE) else {}
     extra = folder / FOLDER
     if extra.is_dir():
         found |= {path.name.removesuffix(SUFFIX): path for path in sorted(extra.glob(f"*{SUFFIX}"))[: MOST + 1]}
-    return {name: _text(path) for name, path in found.items()}
+    return {name: _text(path) for name, path in found.items() if is_there(path)}
 
 
 def _text(path: Path) -> str:
@@ -90,7 +91,7 @@ def _variables(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str,
 
 
 def _object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_there(path):
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))

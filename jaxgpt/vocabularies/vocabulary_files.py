@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxgpt.errors import InputError, first
+from jaxgpt.regular_files import is_there
 from jaxgpt.special_tokens import END, END_OF_TEXT, PAD
 from jaxgpt.vocabularies import bpe, split_rules, tokenizer_probe
 from jaxgpt.vocabularies.bpe import BpeEncoder, ByteLevelEncoder, HexEncoder, HfEncoder
@@ -69,7 +70,7 @@ def read(path: str | Path, *, kind: Kind | None = None, eos_ids: tuple[int, ...]
     folder, json_file = (path.parent, path) if path.is_file() else (path, path / JSON)
     beside = _Beside(folder) if json_file.name == JSON else _Beside(None)
     notices: list[str] = []
-    content = _object(json_file, read_text(json_file)) if json_file.is_file() else {}
+    content = _object(json_file, read_text(json_file)) if is_there(json_file) else {}
     data, kind = _data(folder, json_file, content, beside, kind, notices)
     asked = ClassSettings(beside.settings, beside.config, beside.named("bos_token"))
     if kind == "hf":
@@ -133,9 +134,9 @@ class _Beside:
         self.texts: dict[str, str] = {}
         self.config: dict[str, Any] = {}
         for name in (SETTINGS, SPECIAL_MAP, ADDED):
-            if folder is not None and (folder / name).is_file():
+            if folder is not None and is_there(folder / name):
                 self.texts[name] = read_text(folder / name)
-        if folder is not None and (folder / "config.json").is_file():
+        if folder is not None and is_there(folder / "config.json"):
             self.config = _object(folder / "config.json", read_text(folder / "config.json"))
         self.settings, self.map, self.added = (
             _object(Path(name), self.texts.get(name, "{}")) for name in (SETTINGS, SPECIAL_MAP, ADDED)
