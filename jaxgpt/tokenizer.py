@@ -27,6 +27,7 @@ from jaxgpt.special_tokens import (
 from jaxgpt.vocabularies.byte_alphabet import unspelled
 from jaxgpt.vocabularies.kinds import SPACES, Encoder, Merges, exact_keys, kind_named, refuse_invalid_unicode
 from jaxgpt.vocabularies.token_matching import TokenMatcher
+from jaxgpt.vocabularies.token_notes import as_content
 
 if TYPE_CHECKING:
     from jaxgpt.chat import Template
@@ -51,7 +52,8 @@ class Tokenizer:
         model_vocab_size: rows of the model's embedding, at least vocab_size.
         encoder: the base vocabulary.
         added: tokens that are content and one id each wherever they occur in text, string to id.
-        files: files of the folder it came from that say more than the state, name to text.
+        files: files of the folder it came from that say more than the state, name to text; of tokens added since,
+            they know nothing.
     """
 
     def __init__(
@@ -173,9 +175,7 @@ class Tokenizer:
         wanted = {name: text for name, text in template.specials.items() if name not in self._by_name}
         _refuse_too_few_rows(self.vocab_size + len(wanted), self.model_vocab_size, template)
         specials = [*self.specials, *_numbered(wanted, self.vocab_size)]
-        # What another program noted of the tokens is not all of them any more.
-        files = {} if wanted else self.files
-        return Tokenizer(self.kind, self.encoder, specials, self.model_vocab_size, added=self._added, files=files)
+        return Tokenizer(self.kind, self.encoder, specials, self.model_vocab_size, added=self._added, files=self.files)
 
     def with_added(self, texts: Iterable[str]) -> "Tokenizer":
         """This tokenizer with domain tokens, such as `<MUL_2_3_6>`: one id each wherever they occur in text.
@@ -199,7 +199,7 @@ class Tokenizer:
         needed = self.vocab_size + len(wanted)
         more = -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
         rows = self.model_vocab_size if needed <= self.model_vocab_size else more
-        return Tokenizer(self.kind, self.encoder, self.specials, rows, added=added)
+        return Tokenizer(self.kind, self.encoder, self.specials, rows, added=added, files=self.files)
 
     def with_content(self, texts: Collection[str]) -> "Tokenizer":
         """This tokenizer with some of its special tokens as added ones: content that decoding prints, under their ids.
@@ -213,7 +213,8 @@ class Tokenizer:
         encoder = self.encoder.with_content([text for text in texts if text in self.encoder.specials])
         added = {text: self._id_of_text[text] for text in texts if text not in self.encoder.specials}
         kept = [special for special in self.specials if special.text not in texts]
-        return Tokenizer(self.kind, encoder, kept, self.model_vocab_size, added={**self._added, **added})
+        files = as_content(self.files, texts)
+        return Tokenizer(self.kind, encoder, kept, self.model_vocab_size, added={**self._added, **added}, files=files)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of the text.

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from jaxgpt import checkpoint, cli, model
-from jaxgpt.chat import CHATML, PLAIN
+from jaxgpt.chat import CHATML, PLAIN, Message, Template, paired_tags, render
 from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.embedding_rows import grown
 from jaxgpt.errors import InputError
@@ -303,6 +303,73 @@ def test_transformers_reads_the_same_tokens_and_logits(
         expected = peer(torch.tensor([ids])).logits.numpy()
     found = logits(after, np.asarray([ids]))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+BOS_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NOTED = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "<|im_end|>",
+    "additional_special_tokens": ["<MUL>"],
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 77,
+    "chat_template": BOS_CHAT,
+}
+
+
+def noted(folder: Path) -> tuple[Tokenizer, Template]:
+    """A model's tokenizer with a bos of its own, and a template that writes it."""
+    small.as_json(folder, "qwen2", **NOTED)
+    small.library("qwen2", specials=[*small.SPECIALS, "<s>", "<MUL>"]).save(str(folder / "tokenizer.json"))
+    for name, content in {"special_tokens_map": {"bos_token": "<s>"}, "added_tokens": {"<s>": 703}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    tokenizer, template = hf_tokenizer.read(folder, 768, [])
+    assert tokenizer is not None
+    assert template is not None
+    return tokenizer, template
+
+
+def with_another_end(tokenizer: Tokenizer) -> Tokenizer:
+    return tokenizer.with_template(paired_tags(end="<|im_end|>"))
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda t: t.with_added(["<DIV>"]), []),
+        (with_another_end, []),
+        (lambda t: t.with_content(["<MUL>"]), ["<MUL>"]),
+        (lambda t: Tokenizer(t.kind, t.encoder, t.specials, 768), None),
+    ],
+    ids=["added", "template", "content", "files lost by an older version"],
+)
+def test_what_another_program_noted_of_the_tokens_is_exported_with_the_new_ones(
+    change: Any, lost: list[str] | None, tmp_path: Path
+):
+    before, template = noted(tmp_path / "in")
+    tokenizer = change(before)
+    (tmp_path / "out").mkdir()
+    hf_tokenizer.write(tokenizer, template, tmp_path / "out", 128)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [Message(role="user", content="Hi")]
+    prompt = render(messages, tokenizer, template, generation_prompt=True).ids
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == prompt
+    assert theirs.decode(prompt[:1]) == theirs.bos_token == "<s>"
+    assert theirs.eos_token == "<|im_end|>"
+    every = list(range(tokenizer.vocab_size))
+    assert theirs.convert_ids_to_tokens(every[705:]) == [tokenizer.token_bytes(id).decode() for id in every[705:]]
+    for id in every[700:]:
+        assert theirs.decode([id], skip_special_tokens=True) == tokenizer.decode([id], skip_specials=True)
+    if lost is not None:
+        names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        settings, older, ids = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+        kept = [text for text in ("<MUL>",) if text not in lost]
+        assert settings.items() >= {**NOTED, "additional_special_tokens": kept}.items()
+        assert older == {"bos_token": "<s>"}
+        assert ids == {"<s>": 703, **{tokenizer.token_name(id).strip("'"): id for id in every[before.vocab_size :]}}
 
 
 def test_llama_cpp_reads_the_same_tokens(models: Path, tmp_path: Path):

@@ -5,8 +5,9 @@ which `char` is written here. What the files say beyond ids is kept word for wor
 that what is written again has the same values.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from jaxgpt.chat import TEMPLATES, Template
 from jaxgpt.errors import InputError
 from jaxgpt.jinja import template_files, template_import
 from jaxgpt.jinja.template import JinjaTemplate
+from jaxgpt.regular_files import is_there
 from jaxgpt.tokenizer import END_OF_TEXT, PAD, Special, Tokenizer
 from jaxgpt.vocabularies import split_rules, vocabulary_files
 from jaxgpt.vocabularies.bpe import BpeEncoder, ByteLevelEncoder
 from jaxgpt.vocabularies.byte_alphabet import spelled
-from jaxgpt.vocabularies.kinds import CharEncoder, Encoder, gpt2_files, kind_named
+from jaxgpt.vocabularies.kinds import CharEncoder, Edges, Encoder, gpt2_files, kind_named
 from jaxgpt.vocabularies.vocabulary_files import ADDED, JSON, MERGES, SETTINGS, SPECIAL_MAP, VOCABULARY, NotByteLevel
 
 IDS = "prompts must be token ids"
-_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 """How the package's `byte_fallback` names bytes."""
 
@@ -44,7 +45,9 @@ def read(
     Raises:
         InputError: files that are damaged or hostile, or a tokenizer of more tokens than rows.
     """
-    if not (folder / JSON).is_file() and not all((folder / name).is_file() for name in (VOCABULARY, MERGES)):
+    names = (JSON, VOCABULARY, MERGES, SETTINGS, SPECIAL_MAP, ADDED, template_files.FILE)
+    there = {name for name in names if is_there(folder / name)}
+    if JSON not in there and not {VOCABULARY, MERGES} <= there:
         what = f"the folder has no vocabulary ({JSON}, or {VOCABULARY} and {MERGES})"
         notices.append(f"no tokenizer imported: {what}; {IDS}")
         return None, None
@@ -153,13 +156,12 @@ def write(tokenizer: Tokenizer, template: Template | None, folder: Path, context
         folder: exists.
         context: the model's, in tokens.
     """
-    for name in (SPECIAL_MAP, ADDED):
-        if name in tokenizer.files:
-            (folder / name).write_text(tokenizer.files[name], "utf-8")
-    (folder / JSON).write_text(_json_text(tokenizer), "utf-8")
-    for name, text in _two_files(tokenizer).items():
+    new = _new(tokenizer)
+    for name, text in {JSON: _json_text(tokenizer, new), **_two_files(tokenizer), **_maps(tokenizer, new)}.items():
         (folder / name).write_text(text, "utf-8")
-    settings = json.loads(tokenizer.files.get(SETTINGS, "null")) or _settings(tokenizer, context)
+    settings = json.loads(tokenizer.files.get(SETTINGS, "null")) or _settings(tokenizer, template, context)
+    if new:
+        settings["added_tokens_decoder"] = {**_decoder(tokenizer), **(settings.get("added_tokens_decoder") or {})}
     settings.pop("chat_template", None)
     if isinstance(template, JinjaTemplate):
         settings |= template_files.write(template, folder)
@@ -167,21 +169,33 @@ def write(tokenizer: Tokenizer, template: Template | None, folder: Path, context
     return []
 
 
-def _json_text(tokenizer: Tokenizer) -> str:
+def _new(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Notes of tokens that came after the files the tokenizer was read from."""
+    files = {name: json.loads(text) for name, text in tokenizer.files.items()}
+    listed = files.get(JSON, {}).get("added_tokens") or []
+    decoder = files.get(SETTINGS, {}).get("added_tokens_decoder") or {}
+    said = {*(note["content"] for note in [*listed, *decoder.values()]), *files.get(ADDED, {})}
+    # The vocabulary of a byte-level encoder has all that its files say.
+    return [n for n in _notes(tokenizer) if n["id"] >= tokenizer.encoder.size and n["content"] not in said]
+
+
+def _json_text(tokenizer: Tokenizer, new: Sequence[Mapping[str, Any]]) -> str:
     """A `tokenizer.json`: the one it came from where nothing was added since."""
-    if JSON in tokenizer.files:
-        return tokenizer.files[JSON]
     encoder = tokenizer.encoder
-    text = encoder.json() if isinstance(encoder, ByteLevelEncoder) else json.dumps(_own_sections(tokenizer))
-    content = json.loads(text)
-    listed = content.get("added_tokens") or []
-    noted = {note["content"] for note in listed}
-    new = [note for note in _notes(tokenizer) if note["content"] not in noted and note["id"] >= encoder.size]
-    if isinstance(encoder, ByteLevelEncoder) and not new:
+    text = tokenizer.files.get(JSON) or (encoder.json() if isinstance(encoder, ByteLevelEncoder) else "")
+    if text and not new:
         return text
-    own = [note for note in _notes(tokenizer) if not isinstance(encoder, ByteLevelEncoder)]
-    content["added_tokens"] = sorted([*listed, *(own or new)], key=lambda note: note["id"])
-    return _pretty(content)
+    content = json.loads(text) if text else _own_sections(tokenizer)
+    listed = [*(content.get("added_tokens") or []), *new] if text else _notes(tokenizer)
+    return _pretty({**content, "added_tokens": sorted(listed, key=lambda note: note["id"])})
+
+
+def _maps(tokenizer: Tokenizer, new: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The two older files that some folders have beside `tokenizer_config.json`."""
+    found = {name: tokenizer.files[name] for name in (SPECIAL_MAP, ADDED) if name in tokenizer.files}
+    if new and ADDED in found:
+        found[ADDED] = _pretty({**json.loads(found[ADDED]), **{note["content"]: note["id"] for note in new}})
+    return found
 
 
 def _own_sections(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -203,10 +217,24 @@ def _own_sections(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _notes(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Special and added tokens as tokenizer.json lists them, by id."""
-    specials = {special.text: special.id for special in tokenizer.specials}
-    notes = [{"id": id, "content": text, **_FLAGS, "special": True} for text, id in specials.items()]
-    notes += [{"id": id, "content": text, **_FLAGS, "special": False} for text, id in tokenizer.added.items()]
-    return sorted(notes, key=lambda note: note["id"])
+    encoder = tokenizer.encoder
+    flagged = [(special.id, special.text, True) for special in tokenizer.specials]
+    flagged += [(id, text, False) for text, id in tokenizer.added.items()]
+    return [
+        {
+            "id": id,
+            "content": text,
+            **dataclasses.asdict(encoder.edges.get(text, Edges())),
+            "normalized": text in encoder.found_late,
+            "special": special,
+        }
+        for id, text, special in sorted(flagged)
+    ]
+
+
+def _decoder(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Special and added tokens as tokenizer_config.json lists them."""
+    return {str(note.pop("id")): note for note in _notes(tokenizer)}
 
 
 def _two_files(tokenizer: Tokenizer) -> dict[str, str]:
@@ -226,18 +254,23 @@ def _two_files(tokenizer: Tokenizer) -> dict[str, str]:
     return {VOCABULARY: json.dumps(ids, ensure_ascii=False), MERGES: merges}
 
 
-def _settings(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
-    """A `tokenizer_config.json`."""
-    end = tokenizer.special(END_OF_TEXT).text
+def _settings(tokenizer: Tokenizer, template: Template | None, context: int) -> dict[str, Any]:
+    """A `tokenizer_config.json` for a tokenizer that came without one."""
     names = {special.name: special.text for special in tokenizer.specials}
-    decoder = {str(note.pop("id")): note for note in _notes(tokenizer)}
+    end = names[END_OF_TEXT]
+    roles = {"eos_token": end, "bos_token": end, **json.loads(tokenizer.files.get(SPECIAL_MAP, "{}"))}
+    more: dict[str, str] = {}
+    if isinstance(template, JinjaTemplate):
+        # It writes what its variables name, and nothing for those it has not.
+        roles = {name: text for name, text in template.variables.items() if name in template_files.VARIABLES}
+        more = {name: text for name, text in template.variables.items() if name not in roles}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
-        "eos_token": end,
-        "bos_token": end,
         **({"pad_token": names[PAD]} if PAD in names else {}),
-        "added_tokens_decoder": decoder,
+        **roles,
+        **({"extra_special_tokens": more} if more else {}),
+        "added_tokens_decoder": _decoder(tokenizer),
     }
 
 
