@@ -1,6 +1,8 @@
 """Tokenizers of Hugging Face folders: transformers' ids, files written back with the same values, odd folders told."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,15 @@ def test_gpt2s_files_alone_are_gpt2(tmp_path: Path):
     tokenizer = tokenizer_of(tmp_path, 50257)
     assert tokenizer.kind == "gpt2"
     assert [(s.name, s.id) for s in tokenizer.specials] == [("end_of_text", 50256)]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("thing", ["pipe", "folder", "link"])
+def test_what_is_no_file_where_a_file_may_be_is_refused_and_never_opened(name: str, thing: str, tmp_path: Path):
+    path = small.as_json(tmp_path / "in", "qwen2") / name
+    path.unlink(missing_ok=True)
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink("nowhere", path)}[thing]
+    make(path)
+    what = "a link to nothing" if thing == "link" else "a folder, pipe or device"
+    with pytest.raises(InputError, match=re.escape(f"{name} is {what}, not a file; put the file there, or remove it")):
+        read(tmp_path / "in")
