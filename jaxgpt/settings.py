@@ -351,8 +351,8 @@ class DataEncodeSettings:
     out: str = ""
     """folder to write"""
     tokenizer: str = "gpt2"
-    """gpt2, char (learns its characters from the sources), or the path of a tokenizer.json or of a folder with one or
-    with vocab.json and merges.txt"""
+    """gpt2, char (learns its characters from the sources), or the path of a tokenizer.json, of a folder with one or
+    with vocab.json and merges.txt, or of a checkpoint, as with --model"""
     tokenizer_kind: Literal["auto", "hf", "bpe", "hex"] = "auto"
     """read that path as this kind of vocabulary, whatever it looks like; auto tells it by content"""
     template: Literal["chatml", "tags", "plain"] = "chatml"

@@ -392,18 +392,30 @@ def test_data_encode_prints_statistics_and_keeps_the_template(
     assert json.loads(capsys.readouterr().out)["statistics"]["unknown"] == 0.0
 
 
-def test_data_encode_with_a_checkpoints_tokenizer(models: Path, lm: LM, texts: Path, tmp_path: Path):
+@pytest.mark.parametrize("flag", ["--model", "--tokenizer"])
+def test_data_encode_with_a_checkpoints_tokenizer(flag: str, models: Path, lm: LM, texts: Path, tmp_path: Path):
     from jaxgpt.data.shards import TokenShards
 
-    assert run("data", "encode", texts, "--out", tmp_path / "data", "--model", models / "base") == 0
+    assert run("data", "encode", texts, "--out", tmp_path / "data", flag, models / "base") == 0
     assert lm.tokenizer is not None
     assert TokenShards(tmp_path / "data").tokenizer().state() == lm.tokenizer.state()
 
 
-def test_data_inspect_marks_what_trains(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+@pytest.mark.parametrize("more", [("--template", "tags"), ("--tokenizer-kind", "bpe")])
+def test_a_checkpoint_named_as_tokenizer_brings_all_of_its_own(
+    more: tuple[str, str], models: Path, capsys: pytest.CaptureFixture[str], texts: Path, tmp_path: Path
+):
+    path = models / "base"
+    said = refusal(capsys, "data", "encode", texts, "--out", tmp_path / "data", "--tokenizer", path, *more)
+    brings = "a checkpoint, brings its own tokenizer and template"
+    assert said == f"--tokenizer {path}, {brings}, got {more[0]} too; drop one"
+
+
+@pytest.mark.parametrize("flag", ["--model", "--tokenizer"])
+def test_data_inspect_marks_what_trains(flag: str, models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     file = tmp_path / "chats.jsonl"
     file.write_text('{"prompt": "Say it", "completion": "OK"}\n')
-    assert run("data", "inspect", file, "--model", models / "base") == 0
+    assert run("data", "inspect", file, flag, models / "base") == 0
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out
     first, last, everything = captured.out.splitlines()[2:]

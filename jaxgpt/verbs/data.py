@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxgpt.errors import InputError
@@ -28,11 +29,8 @@ def encode(settings: DataEncodeSettings, output: Output) -> int:
         raise InputError("--out is missing; give the folder to write the shards into")
     if settings.workers is not None and settings.workers < 1:
         raise InputError(f"workers must be at least 1, got {settings.workers}")
-    if settings.model:
-        made = [flag for flag in ("--tokenizer", "--tokenizer-kind", "--template") if flag in output.given]
-        if made:
-            raise InputError(f"--model brings its own tokenizer and template, got {' '.join(made)} too; drop one")
-        tokenizer, template = _of_checkpoint(settings.model)
+    if checkpoint := _checkpoint(settings, output, "--template"):
+        tokenizer, template = _of_checkpoint(checkpoint)
     else:
         template = TEMPLATES[settings.template]
         texts = (document.text for source in settings.sources for document in documents(source))
@@ -67,6 +65,22 @@ def _chosen(
     return tokenizer
 
 
+def _checkpoint(settings: DataEncodeSettings | DataInspectSettings, output: Output, *more: str) -> str:
+    """The checkpoint that --model or --tokenizer names, empty for none; InputError where `more` flags contradict it."""
+    from jaxgpt import step_folder
+    from jaxgpt.tokenizer_choice import NAMES
+
+    named = settings.tokenizer
+    if not settings.model and (named in NAMES or not step_folder.is_checkpoint(Path(named))):
+        return ""
+    flag = "--model" if settings.model else "--tokenizer"
+    made = [other for other in ("--tokenizer", "--tokenizer-kind", *more) if other in output.given and other != flag]
+    if made:
+        brings = "--model" if settings.model else f"--tokenizer {named}, a checkpoint,"
+        raise InputError(f"{brings} brings its own tokenizer and template, got {' '.join(made)} too; drop one")
+    return settings.model or named
+
+
 def _of_checkpoint(directory: str) -> "tuple[Tokenizer, Template | None]":
     from jaxgpt import manifest, step_folder
 
@@ -74,7 +88,7 @@ def _of_checkpoint(directory: str) -> "tuple[Tokenizer, Template | None]":
     manifest.verify(path, unhashed=("params", "train"))
     found = step_folder.read(path)
     if found.tokenizer is None:
-        raise InputError(f"{directory} has no tokenizer jaxgpt knows; give --tokenizer instead of --model")
+        raise InputError(f"{directory} has no tokenizer jaxgpt knows; give --tokenizer a kind or file instead")
     return found.tokenizer, found.template
 
 
@@ -125,11 +139,11 @@ def _for_inspection(settings: DataInspectSettings, output: Output) -> "tuple[Tok
     from jaxgpt.data.episodes import read_messages
 
     chosen = TEMPLATES[settings.template] if settings.template else None
-    if settings.model:
-        tokenizer, own = _of_checkpoint(settings.model)
+    if checkpoint := _checkpoint(settings, output):
+        tokenizer, own = _of_checkpoint(checkpoint)
         template = chosen or own
         if template is None:
-            raise InputError(f"{settings.model} has no chat template; choose one with --template")
+            raise InputError(f"{checkpoint} has no chat template; choose one with --template")
         return tokenizer.with_template(template), template
     template = chosen or TEMPLATES["chatml"]
 
