@@ -1,16 +1,18 @@
 """`jaxgpt tokenizer add`: a checkpoint whose tokenizer has more tokens of content, and its embedding rows for them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxgpt import chat, checkpoint
-from jaxgpt.chat import Message
+from jaxgpt.chat import Message, Template
 from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.embedding_rows import grown
 from jaxgpt.errors import InputError
 from jaxgpt.formats.hf import refuse_existing
+from jaxgpt.jinja.template_import import CONVERSATIONS
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -38,7 +40,8 @@ def add(directory: str | Path, out: str | Path, texts: Sequence[str]) -> Additio
 
     Raises:
         InputError: OUT exists and is not empty, no tokens or no tokenizer, a text that is a
-            token already, or one that stands in what the chat template writes.
+            token already, one that holds a special token, or one that stands in what the chat
+            template writes.
     """
     refuse_existing(Path(out))
     if not texts:
@@ -47,8 +50,8 @@ def add(directory: str | Path, out: str | Path, texts: Sequence[str]) -> Additio
     if source.tokenizer is None:
         raise InputError(f"{directory} has no tokenizer to add tokens to; import its model with the tokenizer's files")
     tokenizer = source.tokenizer.with_added(texts)
-    _refuse_changed_prompts(source, tokenizer)
     ids = {text: tokenizer.added[text] for text in dict.fromkeys(texts)}
+    refuse_changed_prompts(source.template, tokenizer, set(ids.values()))
     checkpoint.save(out, source.step, _contents(source, source.tokenizer, tokenizer, ids)).result()
     return Addition(ids, source.config.vocab_size, tokenizer.model_vocab_size)
 
@@ -74,19 +77,20 @@ def _contents(source: Checkpoint, before: Tokenizer, tokenizer: Tokenizer, ids: 
     )
 
 
-def _refuse_changed_prompts(source: Checkpoint, tokenizer: Tokenizer) -> None:
+def refuse_changed_prompts(template: Template | None, tokenizer: Tokenizer, new: Container[int]) -> None:
     """A new token within a template's own text would be another prompt than the one the model was trained with."""
-    template = source.template
-    if template is None or source.tokenizer is None:
+    if template is None:
         return
-    roles = [role for role in ("system", "user", template.trained_role) if role in template.roles]
-    messages = [Message(role=role, content="") for role in roles]
-    try:
-        before = chat.render(messages, source.tokenizer, template).ids
-        after = chat.render(messages, tokenizer, template).ids
-    except InputError:
-        return  # an imported template that takes no such conversation
-    changed = [tokenizer.token_name(id) for id in after if id not in before]
+    changed: list[str] = []
+    for roles in dict.fromkeys([template.roles, *CONVERSATIONS.values()]):
+        if not set(roles) <= set(template.roles):
+            continue
+        messages = [Message(role=role, content="") for role in roles]
+        for generation_prompt in (False, True):
+            # An imported template may not take every order of roles.
+            with suppress(InputError):
+                ids = chat.render(messages, tokenizer, template, generation_prompt=generation_prompt).ids
+                changed += [tokenizer.token_name(id) for id in ids if id in new]
     if changed:
         raise InputError(
             f"{changed[0]} stands in what template {template.name} writes, and would change every prompt; "

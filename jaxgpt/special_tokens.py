@@ -4,7 +4,8 @@ A special token is control: only a template emits it. An added token is content:
 one id wherever it occurs in text.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ END_OF_TEXT = "end_of_text"
 PAD = "pad"
 END = "end"
 """Name of the special token that ends a turn, in templates that have one."""
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 ALWAYS = {END_OF_TEXT: kinds.END_OF_TEXT, PAD: "<|pad|>"}
 """Special tokens of every tokenizer, name to string; `pad` only where the embedding has a row for it."""
 
@@ -102,6 +104,28 @@ def check_added(added: Mapping[str, int], specials: Sequence[Special], encoder: 
             raise InputError(f"{text} has id {id}, already {taken[id]!r}")
         taken[id] = text
         _check_place(Special(text, text, id), encoder, rows)
+
+
+def check_found(added: Iterable[str], specials: Sequence[Special], kind: str) -> None:
+    """Raise InputError for an added token that other programs would read as more, or as something else, than a token.
+
+    Args:
+        added: strings of tokens that jaxgpt adds.
+        specials: the tokenizer's.
+        kind: a key of KINDS.
+    """
+    within = re.compile("|".join(re.escape(special.text) for special in specials))
+    for text in added:
+        if found := within.search(text):
+            raise InputError(
+                f"added token {text} contains the special token {found[0]}, which transformers would not find there: "
+                "a turn or a text would not end; use another string"
+            )
+        if kind == "char" and _BYTE.fullmatch(text):
+            raise InputError(
+                f"added token {text} is how a vocabulary of characters names a byte in other programs; "
+                "use another string"
+            )
 
 
 def _check_place(special: Special, encoder: Encoder, rows: int) -> None:

@@ -20,6 +20,7 @@ from jaxgpt.special_tokens import (
     PAD,
     Special,
     check_added,
+    check_found,
     check_specials,
     saved_added,
     saved_specials,
@@ -164,7 +165,8 @@ class Tokenizer:
         template than it was made for.
 
         Raises:
-            InputError: no spare rows, or a name that stands for another string already.
+            InputError: no spare rows, a name that stands for another string already, or an added token that
+                holds one of the template's.
         """
         for name, text in template.specials.items():
             if name in self._by_name and self._by_name[name].text != text:
@@ -175,6 +177,8 @@ class Tokenizer:
         wanted = {name: text for name, text in template.specials.items() if name not in self._by_name}
         _refuse_too_few_rows(self.vocab_size + len(wanted), self.model_vocab_size, template)
         specials = [*self.specials, *_numbered(wanted, self.vocab_size)]
+        if wanted:
+            check_found(self._added, specials, self.kind)
         return Tokenizer(self.kind, self.encoder, specials, self.model_vocab_size, added=self._added, files=self.files)
 
     def with_added(self, texts: Iterable[str]) -> "Tokenizer":
@@ -185,7 +189,7 @@ class Tokenizer:
         new tokenizer asks for more (`model_vocab_size`), and the model must get them.
 
         Raises:
-            InputError: an empty string, or one that is a token already.
+            InputError: an empty string, one that is a token already, or one that holds a special token.
         """
         wanted = list(dict.fromkeys(texts))
         added = {**self._added, **{text: id for id, text in enumerate(wanted, start=self.vocab_size)}}
@@ -196,6 +200,7 @@ class Tokenizer:
             taken = own.get(text.encode(), own.get(unspelled(text) or b""))
             if taken is not None:
                 raise InputError(f"{text} is token {taken} already; leave it out")
+        check_found(wanted, self.specials, self.kind)
         needed = self.vocab_size + len(wanted)
         more = -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
         rows = self.model_vocab_size if needed <= self.model_vocab_size else more

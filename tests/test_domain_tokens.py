@@ -25,13 +25,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from jaxgpt import checkpoint, cli, model
+from jaxgpt import checkpoint, cli, domain_tokens, model
 from jaxgpt.chat import CHATML, PLAIN, Message, Template, paired_tags, render
 from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.embedding_rows import grown
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf_tokenizer
 from jaxgpt.formats.gguf_tokenizer import metadata
+from jaxgpt.jinja import template_import
+from jaxgpt.jinja.template_files import FoundTemplate
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.vocabularies import vocabulary_files
 from jaxgpt.vocabularies.token_matching import TokenMatcher, is_word
@@ -394,6 +396,8 @@ def test_llama_cpp_reads_the_same_tokens(models: Path, tmp_path: Path):
         (["--token", "<|im_end|>"], "<|im_end|> is token 354 already; leave it out"),
         (["--token", ""], "an added token is an empty string; give it one"),
         (["--token", "assistant\n"], "'assistant\\n' stands in what template chatml writes, and would change every p"),
+        (["--token", "x<|im_end|>y"], "added token x<|im_end|>y contains the special token <|im_end|>, which transf"),
+        (["--token", "<0x4a>"], "added token <0x4a> is how a vocabulary of characters names a byte in other program"),
         (["--tokens", "{}/none.txt"], "{}/none.txt cannot be read (No such file or directory); give a file with one"),
         (["--tokens", "{}/latin.txt"], "{}/latin.txt is no UTF-8 text (byte 1); save it as UTF-8"),
     ],
@@ -406,6 +410,37 @@ def test_tokens_that_cannot_be_added_are_refused(
     assert cli.main(["tokenizer", "add", str(models / "gpt2"), str(tmp_path / "out"), *words]) == 2
     assert capsys.readouterr().err.startswith(f"jaxgpt: {message.format(tmp_path)}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_whose_tokens_stand_in_added_ones_is_refused():
+    tokenizer = Tokenizer.create("char", template=PLAIN).with_added(["x<|im_end|>"])
+    with pytest.raises(InputError, match=r"x<\|im_end\|> contains the special token <\|im_end\|>, which"):
+        tokenizer.with_template(CHATML)
+
+
+def test_an_imported_templates_roles_are_all_looked_at(tmp_path: Path):
+    # It takes no conversation of all its roles.
+    strict = "{% if messages | length == 3 and messages[2]['role'] == 'tool' %}<TOOL>"
+    strict += "{% elif messages | length > 2 %}{{ raise_exception('two at most') }}{% endif %}"
+    template = template_import.examined(
+        FoundTemplate({"default": strict + BOS_CHAT}, "config", {"eos_token": "<|im_end|>"}), noted(tmp_path)[0], []
+    )
+    assert template is not None
+    for text in ("<TOOL>", "tool", "assistant"):
+        tokenizer = noted(tmp_path)[0].with_added([text])
+        with pytest.raises(InputError, match=f"{text!r} stands in what template jinja writes"):
+            domain_tokens.refuse_changed_prompts(template, tokenizer, set(tokenizer.added.values()))
+
+
+def test_a_special_token_that_transformers_would_not_find_after_an_added_one_is_said(tmp_path: Path):
+    tokenizer = noted(tmp_path)[0].with_added(["a<", "<a>"])
+    assert hf_tokenizer.write(tokenizer, None, tmp_path, 128) == [
+        "added tokens end as special ones begin (a<): where both overlap in a text, transformers finds only the first; "
+        "a chat of jaxgpt has both"
+    ]
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("<a><|im_end|>").ids[1:] == [702]
+    assert 702 not in theirs.encode("a<|im_end|>").ids
 
 
 def test_the_output_says_where_the_tokens_went(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.chat import TEMPLATES, Template
-from jaxgpt.errors import InputError
+from jaxgpt.errors import InputError, first
 from jaxgpt.jinja import template_files, template_import
 from jaxgpt.jinja.template import JinjaTemplate
 from jaxgpt.regular_files import is_there
@@ -166,7 +166,16 @@ def write(tokenizer: Tokenizer, template: Template | None, folder: Path, context
     if isinstance(template, JinjaTemplate):
         settings |= template_files.write(template, folder)
     (folder / SETTINGS).write_text(_pretty(settings), "utf-8")
-    return []
+    return _overlaps(tokenizer)
+
+
+def _overlaps(tokenizer: Tokenizer) -> list[str]:
+    """In a line at most, added tokens whose end a special token could begin with: transformers finds the leftmost."""
+    begins = {special.text[:n] for special in tokenizer.specials for n in range(1, len(special.text) + 1)}
+    longest = max(map(len, begins))
+    found = [t for t in tokenizer.added if any(t[-n:] in begins for n in range(1, min(len(t), longest + 1)))]
+    said = "where both overlap in a text, transformers finds only the first; a chat of jaxgpt has both"
+    return [f"added tokens end as special ones begin ({first(found)}): {said}"] if found else []
 
 
 def _new(tokenizer: Tokenizer) -> list[dict[str, Any]]:
