@@ -227,9 +227,6 @@ def _not_saved(directory: Path, step: int, contents: Contents, partial: Path, er
     for path in directory.glob(f"{partial.name}*"):
         _delete(path)
     good = steps(directory)
-    if not good:
-        with suppress(OSError):  # there is something else in it
-            directory.rmdir()
     last = f"last good step {good[-1]}" if good else "no step was saved before"
     full = any(number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text for number, text in _chain(error))
     if full:

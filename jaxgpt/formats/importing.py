@@ -7,6 +7,7 @@ config.json, a PyTorch training script leaves a `.pt` file.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +86,12 @@ def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarra
 def _save(contents: Contents, out: Path, meter: Meter) -> None:
     saving = checkpoint.save(out, 0, contents, hashed=partial(meter.add, _HASHED), copy=False)
     meter.watch(_WRITTEN, saving, out)
-    saving.result()
+    try:
+        saving.result()
+    except InputError:
+        with suppress(OSError):  # there is something else in it
+            out.rmdir()
+        raise
     meter.end(_WRITTEN)
     meter.end(_HASHED)
 
