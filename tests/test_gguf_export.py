@@ -283,7 +283,7 @@ def test_a_zero_that_the_corpus_has_is_the_byte():
 
 
 def test_a_tokenizer_that_llama_cpp_has_no_rule_for_becomes_ids(tmp_path: Path):
-    content = json.loads((small.as_json(tmp_path, "gpt-2") / "tokenizer.json").read_text())
+    content = json.loads((small.as_json(tmp_path, "gpt-2", add_prefix_space=True) / "tokenizer.json").read_text())
     content["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer, _ = hf_tokenizer.read(tmp_path, 768, [])
