@@ -10,8 +10,6 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxgpt.errors import InputError, first
 from jaxgpt.special_tokens import (
     ALWAYS,
@@ -31,6 +29,8 @@ from jaxgpt.vocabularies.token_matching import TokenMatcher
 from jaxgpt.vocabularies.token_notes import as_content
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxgpt.chat import Template
 
 STATE_VERSION = 2
@@ -239,12 +239,14 @@ class Tokenizer:
             ids += self.encoder.encode_ordinary(piece) if isinstance(piece, str) else [piece]
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """Ids of each text, uint32, as `encode` gives them without `specials`; faster than one by one.
 
         Raises:
             InputError: a text has a lone surrogate.
         """
+        import numpy as np
+
         if self._added:
             return [np.asarray(self.encode(text), np.uint32) for text in texts]
         for text in texts:

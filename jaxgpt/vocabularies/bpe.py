@@ -11,8 +11,6 @@ from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxgpt.errors import InputError, first
 from jaxgpt.vocabularies import split_rules
 from jaxgpt.vocabularies.byte_alphabet import CHARACTERS, spelled, unspelled
@@ -20,6 +18,7 @@ from jaxgpt.vocabularies.kinds import SPACES, Edges, Encoder, Merges, exact_keys
 from jaxgpt.vocabularies.text_cuts import cut
 
 if TYPE_CHECKING:
+    import numpy as np
     import tokenizers
 
 MAX_IDS = 1 << 22
@@ -74,8 +73,10 @@ class ByteLevelEncoder(Encoder):
         """See `Encoder`; InputError where the package's regex engine gives up."""
         return self._encoded([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """See `Encoder`; on the package's own threads."""
+        import numpy as np
+
         slices = [list(cut(text, SLICE)) if self.cuts_before_spaces else [text] for text in texts]
         ids = iter(self._encoded([slice for several in slices for slice in several]))
         return [np.concatenate([np.asarray(next(ids), np.uint32) for _ in several]) for several in slices]

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxgpt.errors import InputError, first
 from jaxgpt.vocabularies.byte_alphabet import unspelled
 
 if TYPE_CHECKING:
+    import numpy as np
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
@@ -77,8 +76,10 @@ class Encoder(ABC):
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of valid Unicode text; never a special token."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """Ids of each text, uint32, as `encode_ordinary` gives them; faster for many, and from several threads."""
+        import numpy as np
+
         return [np.asarray(self.encode_ordinary(text), np.uint32) for text in texts]
 
     @abstractmethod
@@ -137,12 +138,14 @@ class Gpt2Encoder(Encoder):
             return self._encoding.encode_ordinary(text)
         return [id for piece in cut_long_spaces(text) for id in self._encoding.encode_ordinary(piece)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> "list[np.ndarray]":
         """See `Encoder`.
 
         A thread gets an encoding of its own, in 0.05 s: the regex engine is a fifth slower
         in every thread but the first that uses it.
         """
+        import numpy as np
+
         if not hasattr(self._of_thread, "encoding"):
             self._of_thread.encoding = _gpt2_encoding(self._ranks)
         encode = self._of_thread.encoding.encode_to_numpy
