@@ -224,19 +224,26 @@ def _bytes(contents: Contents) -> int:
 
 
 def _not_saved(directory: Path, step: int, contents: Contents, partial: Path, error: BaseException) -> CheckpointError:
+    """What is said of a save that failed. It must not raise: whoever waits for the step would wait for ever."""
     for path in directory.glob(f"{partial.name}*"):
         _delete(path)
     good = steps(directory)
     last = f"last good step {good[-1]}" if good else "no step was saved before"
     full = any(number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text for number, text in _chain(error))
     if full:
-        free = shutil.disk_usage(directory).free
-        reason = f"disk full (need {in_bytes(_bytes(contents))}, {in_bytes(free)} free)"
+        reason = f"disk full (need {in_bytes(_bytes(contents))}, {_free(directory)} free)"
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
     problem = CheckpointError(f"step {step} was not saved: {reason}; {last}")
     problem.__cause__ = error
     return problem
+
+
+def _free(directory: Path) -> str:
+    try:
+        return in_bytes(shutil.disk_usage(directory).free)
+    except OSError:  # the folder is gone
+        return "unknown"
 
 
 def _chain(error: BaseException | None) -> Iterator[tuple[int | None, str]]:

@@ -558,6 +558,19 @@ def test_an_error_of_orbax_surfaces_at_the_save_it_belongs_to(tmp_path: Path, mo
     assert failed(tmp_path, 7).endswith("; no step was saved before")
 
 
+def test_a_run_folder_that_is_gone_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Gone:
+        def result(self) -> None:
+            shutil.rmtree(tmp_path / "run")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_begin_arrays", lambda *_: Gone())
+    saving = checkpoint.save(tmp_path / "run", 7, contents())
+    assert saving.ended(within=10)
+    with pytest.raises(CheckpointError, match=r"disk full \(need .*, unknown free\); no step was saved before"):
+        saving.result()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
