@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt.chat import Template
-from jaxgpt.data.corpus import PIECE, Corpus, Item, Piece, name_bytes, pieces_of
+from jaxgpt.data.corpus import Corpus, Item, Piece, name_bytes, pieces_of
 from jaxgpt.data.shard_writer import PARTIAL, ShardWriter, as_json, write
 from jaxgpt.data.shards import FORMAT, INDEX, SPLITS, VERSION, TokenShards, read_index
 from jaxgpt.data.sources import STDLIB, Skipped
@@ -246,8 +246,8 @@ def _encode_all(
             else:
                 yield piece
 
-    dtype = _dtype(tokenizer)
-    for pieces, arrays in _in_parallel(_jobs(todo()), lambda pieces: _ids(pieces, tokenizer, dtype), workers):
+    dtype, size = _dtype(tokenizer), tokenizer.encoder.batch_characters
+    for pieces, arrays in _in_parallel(_jobs(todo(), size), lambda pieces: _ids(pieces, tokenizer, dtype), workers):
         for piece, ids in zip(pieces, arrays, strict=True):
             writers[piece.split].add(piece, ids)
             done += len(piece.text)
@@ -255,16 +255,16 @@ def _encode_all(
         report(Progress("encoding", done, survey.characters, tokens, sample))
 
 
-def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Small documents together, so that handing them to a worker costs nothing."""
+def _jobs(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
+    """Small documents together, `size` characters, so that handing them to a worker costs nothing."""
     job: list[Piece] = []
-    size = 0
+    characters = 0
     for piece in pieces:
         job.append(piece)
-        size += len(piece.text)
-        if size >= PIECE:
+        characters += len(piece.text)
+        if characters >= size:
             yield job
-            job, size = [], 0
+            job, characters = [], 0
     if job:
         yield job
 
