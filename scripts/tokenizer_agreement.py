@@ -226,6 +226,7 @@ def case(name: str, folder: Path, tiktokens: Encode | None = None) -> Case:
     ordinary: dict[str, Encode] = {
         "tokenizers": lambda texts: [e.ids for e in library.encode_batch(texts, add_special_tokens=False)],
         "transformers": lambda texts: stock(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+        "jaxgpt, many at once": lambda texts: [ids.tolist() for ids in ours.encode_batch(texts)],
     }
     if tiktokens is not None:
         ordinary["tiktoken"] = tiktokens

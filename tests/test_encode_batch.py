@@ -35,6 +35,17 @@ def test_a_batch_has_the_ids_of_each_text_in_the_kinds_without_files():
     agrees(Tokenizer.create("char", template=CHATML, corpus=TEXTS[:1]))
 
 
+def test_content_tokens_are_found_where_ascii_is_not_normalised(tmp_path: Path):
+    tokenizer, _ = chosen(str(small.as_json(tmp_path, "qwen2")), CHATML)
+    domain = sorted(tokenizer.encoder.added)
+    assert domain, "the vocabulary has content tokens of its own"
+    ids = tokenizer.encode_batch(["a".join(domain), "\u00e4".join(domain)])
+    for found in ids:
+        assert set(found.tolist()) >= {tokenizer.encoder.added[text] for text in domain}
+    special = next(iter(tokenizer.encoder.specials))
+    assert tokenizer.encoder.specials[special] not in tokenizer.encode_batch([special])[0]
+
+
 @pytest.mark.parametrize("reaching", ["normalizer", "added token", "edges"])
 def test_a_text_is_not_cut_where_something_reaches_over_spaces(reaching: str, tmp_path: Path):
     path = small.as_json(tmp_path, "qwen2") / "tokenizer.json"
