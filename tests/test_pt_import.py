@@ -136,6 +136,12 @@ def test_the_number_of_heads_is_asked_for_and_any_of_its_names_is_taken(tmp_path
     assert importing.read(tmp_path / "bare.pt", {"num_heads": 3}).config.num_attention_heads == 3
 
 
+def test_a_setting_that_does_not_exist_is_refused_and_not_passed_over(tmp_path: Path):
+    torch.save(nano_state(bias=True), tmp_path / "bare.pt")
+    with pytest.raises(InputError, match=r"^--set act is no setting of a \.pt file; its settings are activation_func"):
+        importing.read(tmp_path / "bare.pt", {"num_heads": 3, "act": "gelu_new"})
+
+
 def test_a_reward_head_is_dropped_and_said(tmp_path: Path):
     state = nano_state(bias=True)
     heads = {"reward_head.weight": torch.ones(1, 24), "module.value_head.bias": torch.ones(1)}

@@ -69,8 +69,12 @@ def read(path: str | Path, overrides: Mapping[str, Any]) -> PTModel:
 
     Raises:
         InputError: as `pt_file.read`; no parameters or no number of heads found; tensors
-            of another architecture.
+            of another architecture; an override that is no setting.
     """
+    unknown = sorted(overrides.keys() - _SETTING_NAMES.keys())
+    if unknown:
+        known = ", ".join(sorted(set(_SETTING_NAMES.values())))
+        raise InputError(f"--set {first(unknown)} is no setting of a .pt file; its settings are {known}")
     content = pt_file.read(path)
     notices: list[str] = []
     state = _state(Path(path), content)
