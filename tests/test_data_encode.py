@@ -249,6 +249,18 @@ def test_of_a_single_text_file_the_end_is_held_out(tmp_path: Path):
     assert 0.09 < len(val) / len(train + val) < 0.12
 
 
+def test_of_few_documents_the_one_with_the_lowest_place_is_held_out(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    texts = [prose(50, i) for i in range(6)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = char(path)
+    encode([path], tmp_path / "few", tokenizer, val_fraction=1e-9)
+    places = {place(item[1].name): item[1].text for item in Corpus((path,), 0).documents() if isinstance(item, tuple)}
+    (held_out,) = texts_of(TokenShards(tmp_path / "few", "val"), tokenizer)
+    assert held_out == places[min(places)]
+    assert texts_of(TokenShards(tmp_path / "few", "train"), tokenizer) == [text for text in texts if text != held_out]
+
+
 def test_a_split_that_would_be_empty_is_refused(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"text": prose(50, 0)}) + "\n")

@@ -24,6 +24,8 @@ class Corpus:
 
     sources: tuple[str | Path, ...]
     val_fraction: float
+    always_held_out: str | None = None
+    """Name of a document that is held out whatever its hash, where too few are by theirs."""
 
     def documents(self) -> Iterator[Item]:
         """Every document in order, and what was skipped."""
@@ -36,7 +38,10 @@ class Corpus:
                 elif only_one_text and self.val_fraction:
                     yield from self._tail_held_out(item)
                 else:
-                    yield ("val" if _is_held_out(item.name, self.val_fraction) else "train"), item
+                    yield ("val" if self._holds_out(item.name) else "train"), item
+
+    def _holds_out(self, name: str) -> bool:
+        return name == self.always_held_out or place(name) < self.val_fraction
 
     def _tail_held_out(self, document: Document) -> Iterator[tuple[Split, Document]]:
         text = document.text
@@ -49,9 +54,10 @@ class Corpus:
                 yield split, Document(document.name, part)
 
 
-def _is_held_out(name: str, fraction: float) -> bool:
+def place(name: str) -> float:
+    """Where a document's name falls between 0 and 1: below the held-out fraction it is held out."""
     digest = hashlib.sha256(name_bytes(name)).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def name_bytes(name: str) -> bytes:

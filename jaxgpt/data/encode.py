@@ -5,6 +5,7 @@ held-out fraction only: not on the number of workers, and not on how often the
 encode was interrupted.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt.chat import Template
-from jaxgpt.data.corpus import Corpus, Item, Piece, name_bytes, pieces_of
+from jaxgpt.data.corpus import Corpus, Item, Piece, name_bytes, pieces_of, place
 from jaxgpt.data.shard_writer import PARTIAL, ShardWriter, as_json, write
 from jaxgpt.data.shards import FORMAT, INDEX, SPLITS, VERSION, TokenShards, read_index
 from jaxgpt.data.sources import STDLIB, Skipped
@@ -78,11 +79,11 @@ def encode(
 ) -> EncodeReport:
     """Encode the documents of `sources` into shards of about `shard_tokens` in `out`.
 
-    The held-out split takes the documents whose name hashes below `val_fraction`;
-    of one single text file it takes the last `val_fraction`. The tokenizer and the
-    chat `template` whose markers it knows are kept with the shards, so that a model
-    trained on them needs no other input. An interrupted encode
-    is continued by the same call; a finished one is returned as it is.
+    The held-out split takes the documents whose name hashes below `val_fraction`, or
+    the lowest where none does; of one single text file it takes the last
+    `val_fraction`. The tokenizer and the chat `template` whose markers it knows are
+    kept with the shards, so that a model trained on them needs no other input. An
+    interrupted encode is continued by the same call; a finished one is returned as it is.
 
     Raises:
         InputError: before anything is written: a source cannot be read, a row is
@@ -156,6 +157,9 @@ def _survey(corpus: Corpus, report: Callable[[Progress], None]) -> _Survey:
         if characters > KEPT:
             kept.clear()
     total = sum(counts.values())
+    if corpus.val_fraction and not counts["val"] and total > 1 and corpus.always_held_out is None:
+        lowest = min((item[1].name for item in corpus.documents() if not isinstance(item, Skipped)), key=place)
+        return _survey(dataclasses.replace(corpus, always_held_out=lowest), report)
     if not total:
         raise InputError(f"no text in {first([str(s) for s in corpus.sources])}; give files with UTF-8 text")
     if not counts["train"] or (corpus.val_fraction and not counts["val"]):
