@@ -15,7 +15,7 @@ import pytest
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.data import encode as encode_module
 from jaxgpt.data import shard_writer
-from jaxgpt.data.corpus import PIECE, Corpus, cut
+from jaxgpt.data.corpus import PIECE, Corpus, cut, place
 from jaxgpt.data.encode import Progress, encode
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.data.sources import Skipped, documents
