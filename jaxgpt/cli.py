@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from jaxgpt import __version__, options
+from jaxgpt import __version__, options, out_of_memory
 from jaxgpt import settings as s
 from jaxgpt.errors import InputError
 
@@ -80,12 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read stdout has gone; flushing at exit must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except OSError as error:
-        if error.filename is None or debug:
-            return _report_bug()
+    except Exception as error:
+        return _failed(error, words, debug=debug)
+
+
+def _failed(error: Exception, words: list[str], *, debug: bool) -> int:
+    """What is no bug gets one line: no memory, and a file that cannot be used."""
+    if out_of_memory.means(error):
+        if debug:
+            traceback.print_exc()
+        return _refuse(out_of_memory.told(error, words[0]))
+    if not debug and isinstance(error, OSError) and error.filename is not None:
         return _refuse(f"{error.filename}: {error.strerror}; check that it exists and may be used")
-    except Exception:
-        return _report_bug()
+    return _report_bug()
 
 
 def _refuse(message: str) -> int:
