@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import checkpoint, manifest, step_folder
+from jaxgpt import checkpoint, manifest, step_folder, step_rewrite
 from jaxgpt.chat import TEMPLATES, Template
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
@@ -172,39 +172,10 @@ def recover(directory: str | Path) -> None:
 def _prepared(repair: Repair) -> Path:
     """The repaired step beside the present one, under a name that does not count."""
     path = repair.path
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    text = json.dumps(repair.state, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     try:
-        shutil.copytree(path, partial, copy_function=_linked)
-        listed = manifest.read(path)
-        text = json.dumps(repair.state, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-        _replace(partial / step_folder.TOKENIZER, text)
-        state = partial / step_folder.TOKENIZER
-        listed[step_folder.TOKENIZER] = {"size": state.stat().st_size, "sha256": manifest.sha256(state)}
-        _replace(partial / manifest.MANIFEST, manifest.spelled(listed))
-        for folder, _, _ in os.walk(partial, topdown=False):
-            manifest.sync(Path(folder))
-        manifest.verify(partial, unhashed=("params", "train"))
-        step_folder.read(partial)
+        return step_rewrite.prepared(path, step_folder.TOKENIZER, text)
     except InputError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{step_folder.title(path)} cannot be repaired: {error}") from None
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{path.parent} was not written: {error.strerror or error}; nothing is changed") from None
-    return partial
-
-
-def _linked(source: str, target: str) -> None:
-    """The same file under another name; a copy with its times where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-        manifest.sync(Path(target))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Not written through a link: the old folder keeps its file."""
-    path.unlink()
-    manifest.write_synced(path, text)
