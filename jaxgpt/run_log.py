@@ -5,8 +5,11 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from jaxgpt.events_file import EventsFile
 
 LOG = "log.jsonl"
 PICTURE = "loss.png"
@@ -20,25 +23,36 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, steps: int, *, resumed_at: int | None = None):
-        from tensorboardX import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.steps = steps
         last = -1 if resumed_at is None else resumed_at
-        _truncate(folder / LOG, last)
-        self._lines = (folder / LOG).open("a", encoding="utf-8")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
+        self._unwritten = _truncate(folder / LOG, last)
+        self._lines = (folder / LOG).open("ab", buffering=0)
+        self._board = EventsFile(folder / "tensorboard", first_step=last + 1)
         self._progress = _Progress(steps, resumed_at or 0) if sys.stderr.isatty() else None
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """One line of `log.jsonl`; numbers also go to TensorBoard."""
+        """One line of `log.jsonl`; numbers also go to TensorBoard.
+
+        Lines that find the disk full wait for the next one, or for `close`.
+        """
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._lines.write(json.dumps({name: _json_value(value) for name, value in record.items()}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{event}/{name}", value, step)
+        self._unwritten += (json.dumps({name: _json_value(value) for name, value in record.items()}) + "\n").encode()
+        self._flush()
+        self._board.write(
+            step, {f"{event}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        )
+
+    def _flush(self) -> None:
+        with suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
+
+    def sync(self) -> None:
+        """Force the lines to disk: a power failure must not take those of a step that counts."""
+        with suppress(OSError):
+            os.fsync(self._lines.fileno())
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -55,14 +69,21 @@ class RunLog:
             self.say(f"step {step}/{self.steps}  {summary}")
 
     def close(self) -> None:
-        """Flush everything, and draw the loss."""
+        """Flush everything, and draw the loss; what the disk has no room for is said."""
         if self._progress:
             self._progress.stop()
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+            self._progress = None
+        self._flush()
+        self.sync()
         self._lines.close()
         self._board.close()
-        picture(self.folder)
+        if self._unwritten:
+            self.say(f"the last {self._unwritten.count(10):,} lines of {self.folder / LOG} could not be written")
+        try:
+            picture(self.folder)
+        except OSError as error:
+            (self.folder / PICTURE).unlink(missing_ok=True)
+            self.say(f"{PICTURE} was not drawn: {error.strerror or error}")
 
 
 def _json_value(value: Any) -> Any:
@@ -114,13 +135,21 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _truncate(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int) -> bytes:
+    """Cut the log behind the last line of `step`; what must come before the next line.
+
+    In place, which needs no room: steps never go back in a log, so what goes is its end.
+    """
     if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in read(path.parent) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), "utf-8")
-    temporary.replace(path)
+        return b""
+    kept = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line, record in zip(lines, read(path.parent), strict=False):
+        if record["step"] > step:
+            break
+        kept += len(line)
+    os.truncate(path, kept)
+    return b"" if not kept or path.read_bytes().endswith(b"\n") else b"\n"
 
 
 def picture(folder: Path) -> Path | None:

@@ -1,6 +1,8 @@
 """The log of a run: each step once, readable after any crash, drawn at the end."""
 
+import errno
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +52,90 @@ def test_a_fresh_run_begins_a_fresh_log(tmp_path: Path):
     assert steps_of(tmp_path) == [1, 2]
 
 
-def test_tensorboard_forgets_the_steps_after_the_resumed_one_and_keeps_that_one(tmp_path: Path):
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+def events(folder: Path) -> list[Any]:
+    """What tensorboardX makes of the one events file: its messages, its checksums."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
-    written(tmp_path, range(6, 8), resumed_at=5).close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    # A record is its length, a checksum of that, the event, and a checksum of that.
-    data, events = path.read_bytes(), []
+    (path,) = (folder / "tensorboard").iterdir()
+    data, found = path.read_bytes(), []
     while data:
         length = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12 : 12 + length]))
+        event = data[12 : 12 + length]
+        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+        assert int.from_bytes(data[12 + length : 16 + length], "little") == masked_crc32c(event)
+        found.append(Event.FromString(event))
         data = data[16 + length :]
-    starts = [event.step for event in events if event.session_log.status == SessionLog.SessionStatus.START]
-    assert starts == [6]
+    return found
+
+
+def test_tensorboard_forgets_the_steps_after_the_resumed_one_and_keeps_that_one(tmp_path: Path):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    written(tmp_path, range(6, 8), resumed_at=5).close()
+    first, *others = events(tmp_path)
+    assert first.file_version == "brain.Event:2"
+    assert [event.step for event in others if event.session_log.status == SessionLog.SessionStatus.START] == [6]
+
+
+def test_tensorboard_is_given_every_number_with_its_step(tmp_path: Path):
+    log = RunLog(tmp_path, 10**9)
+    given = [(300, 1.5), (10**9 - 1, -2.0), (10**9, float("nan")), (10**9, 1e39)]
+    for step, value in given:
+        log.write("train", step, loss=value, rate=0.1, tokens=7, text="naïve")
+    log.close()
+    found = [(event.step, {v.tag: v.simple_value for v in event.summary.value}) for event in events(tmp_path)[2:]]
+    assert [step for step, _ in found] == [step for step, _ in given]
+    assert all(values.keys() == {"train/loss", "train/rate"} for _, values in found)
+    expected = np.array([1.5, -2.0, np.nan, np.inf])
+    assert np.array_equal([values["train/loss"] for _, values in found], expected, equal_nan=True)
+    assert found[0][1]["train/rate"] == np.float32(0.1)
+    assert all(abs(event.wall_time - time.time()) < 60 for event in events(tmp_path))
+
+
+class Full:
+    """A file on a disk with so many bytes left."""
+
+    def __init__(self, file: Any, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_disk_that_is_full_for_a_while_costs_no_line_and_tears_no_file(tmp_path: Path, room: int):
+    log = written(tmp_path, range(1, 3))
+    lines, board = Full(log._lines, room), Full(log._board._file, room)
+    log._lines, log._board._file = lines, board
+    for step in range(3, 6):
+        log.write("train", step, loss=1.0)
+    assert len(steps_of(tmp_path)) < 5
+    lines.room = board.room = 10**6
+    log.write("train", 6, loss=1.0)
+    log.close()
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+    told = [event.step for event in events(tmp_path)[2:]]
+    assert told[:2] == [1, 2]
+    assert told[-1] == 6
+
+
+def test_lines_for_which_there_never_was_room_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = written(tmp_path, range(1, 3))
+    log._lines = Full(log._lines, 10)
+    for step in (3, 4):
+        log.write("train", step, loss=1.0)
+    log.close()
+    assert capsys.readouterr().err == f"the last 2 lines of {tmp_path / LOG} could not be written\n"
+    written(tmp_path, range(3, 5), resumed_at=2).close()
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("torn", [b'{"event": "tr', b'{"event"', b"12", b"\0\0\0", b"\xff\xfe", b"[]\n", b'"x'])
@@ -74,6 +147,13 @@ def test_a_torn_last_line_is_left_out_and_dropped_on_resume(tmp_path: Path, torn
     written(tmp_path, range(4, 6), resumed_at=3).close()
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
     assert all(json.loads(line) for line in (tmp_path / LOG).read_text().splitlines())
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept_apart_from_the_next(tmp_path: Path):
+    written(tmp_path, range(1, 4)).close()
+    (tmp_path / LOG).write_bytes((tmp_path / LOG).read_bytes()[:-1])
+    written(tmp_path, range(4, 6), resumed_at=3).close()
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_every_line_is_json_for_every_program_even_where_the_loss_is_nan(tmp_path: Path):
