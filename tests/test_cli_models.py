@@ -321,12 +321,20 @@ def test_inspect_names_tensors_that_cannot_be_right(models: Path, capsys: pytest
     assert lines[alarm - 1].startswith("final_norm.weight")
 
 
+COPY = "copy_bandwidth_gb_per_second"
+
+
 def test_bench_ends_with_json_and_fails_below_the_floor(models: Path, capsys: pytest.CaptureFixture[str]):
     assert run("bench", models / "base", "--iterations", 2, "--max-tokens", 8) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["passed"] is True
     assert result["compile_count_after_warm_up"] == 0
     assert min(result[f"{what}_tokens_per_second"] for what in ("decode", "prefill")) > 0
+    read, rate, copied = (result[n] for n in ("bytes_read_per_token", "decode_tokens_per_second", COPY))
+    assert result["memory_bandwidth_gb_per_second"] == pytest.approx(read * rate / 1e9, rel=0.01, abs=0.001)
+    assert result["memory_bandwidth_use"] == pytest.approx(read * rate / 1e9 / copied, rel=0.01, abs=0.001)
+    assert min(result[name] for name in ("decode_mfu", "prefill_mfu", "peak_memory_bytes")) > 0
+    assert result["peak_flops_are"] == "a float32 product measured here"
     assert run("bench", models / "base", "--iterations", 1, "--max-tokens", 8, "--floor", 1e12, "--json") == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
     assert "fills the context of 128" in refusal(capsys, "bench", models / "base", "--max-tokens", 128)

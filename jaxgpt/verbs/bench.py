@@ -1,4 +1,4 @@
-"""`jaxgpt bench`: decode and prefill speed, time to first token."""
+"""`jaxgpt bench`: decode and prefill speed, time to first token, use of the device."""
 
 import dataclasses
 import statistics
@@ -29,7 +29,7 @@ class _Timing:
 
 def bench(settings: BenchSettings, output: Output) -> int:
     """Measure; the last line of stdout is JSON. Exit code 1 below the floor."""
-    from jaxgpt import device, lm
+    from jaxgpt import device, device_memory, lm
 
     with waiting("loading"):
         loaded = lm.load(settings.directory, device=settings.device, compute_dtype=settings.compute_dtype)
@@ -46,7 +46,9 @@ def bench(settings: BenchSettings, output: Output) -> int:
         timings.append(timing)
         rate = (settings.max_tokens - 1) / timing.decode
         output.note(f"run {number}/{settings.iterations}: {rate:,.1f} tokens/s, first after {timing.first_token:.3f} s")
+    recompiled, peak = compiled.count, device_memory.peak()
     decode = statistics.median((settings.max_tokens - 1) / timing.decode for timing in timings)
+    prefill = statistics.median(len(prompt) / timing.prefill for timing in timings)
     result: dict[str, Any] = {
         "device": device.describe(),
         "compute_dtype": loaded.compute_dtype,
@@ -54,15 +56,47 @@ def bench(settings: BenchSettings, output: Output) -> int:
         "prompt_tokens": len(prompt),
         "max_tokens": settings.max_tokens,
         "decode_tokens_per_second": round(decode, 2),
-        "prefill_tokens_per_second": round(statistics.median(len(prompt) / t.prefill for t in timings), 2),
+        "prefill_tokens_per_second": round(prefill, 2),
         "time_to_first_token_seconds": round(statistics.median(t.first_token for t in timings), 5),
+        **_use_of_the_device(loaded, decode, prefill, len(prompt), settings.max_tokens),
+        "peak_memory_bytes": peak,
         "compile_count": warm_up,
-        "compile_count_after_warm_up": compiled.count,
+        "compile_count_after_warm_up": recompiled,
         "floor": settings.floor,
         "passed": settings.floor is None or decode >= settings.floor,
     }
     output.result(result)
     return 0 if result["passed"] else 1
+
+
+def _use_of_the_device(loaded: "LM", decode: float, prefill: float, prompt: int, count: int) -> dict[str, Any]:
+    """Bandwidth and arithmetic reached, and their share of the device's own.
+
+    Bandwidth: what decoding a token has to read, times tokens a second, against a copy measured
+    in this run. MFU: FLOPs of the forward against the data sheet's bf16 peak, or where there is
+    none, as for every CPU, against a matrix product measured in this run.
+    """
+    import jax.numpy as jnp
+
+    from jaxgpt import device, device_rates, flops
+
+    attended = prompt + count / 2
+    read = flops.bytes_per_decoded_token(loaded.config, attended, jnp.dtype(loaded.compute_dtype).itemsize)
+    copy, known = device_rates.copy_rate(), flops.peak(device.describe())
+    peak = known or device_rates.matmul_rate(loaded.compute_dtype)
+    decoding = decode * flops.forward_flops_per_token(loaded.config, attended)
+    # Each token of the prompt attends to those before it: half of them on average.
+    reading = prefill * flops.forward_flops_per_token(loaded.config, prompt / 2)
+    return {
+        "bytes_read_per_token": round(read),
+        "memory_bandwidth_gb_per_second": round(read * decode / 1e9, 3),
+        "copy_bandwidth_gb_per_second": round(copy / 1e9, 3),
+        "memory_bandwidth_use": round(read * decode / copy, 4),
+        "decode_mfu": round(decoding / peak, 4),
+        "prefill_mfu": round(reading / peak, 4),
+        "peak_flops_per_second": round(peak),
+        "peak_flops_are": "the data sheet's, bf16" if known else f"a {loaded.compute_dtype} product measured here",
+    }
 
 
 def _within_context(loaded: "LM", settings: BenchSettings) -> BenchSettings:
