@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from jaxgpt import checkpoint
+from jaxgpt.checks.golden import golden_prompts_test
 from jaxgpt.checks.greedy import cache_dtype_test, greedy_is_greedy_test
 from jaxgpt.checks.parity import forward_parity_test, kv_cache_parity_steps_test
 from jaxgpt.checks.report import CheckLine, CheckReport, token
@@ -40,7 +42,9 @@ def check(
     known = facts(lm, stored_dtypes=sorted({str(array.dtype) for array in loaded.params.values()}))
     for line in known:
         report(line)
-    found = check_model(lm, eos_token_ids=loaded.eos_token_ids, all=all, memorize=memorize, report=report)
+    found = check_model(
+        lm, eos_token_ids=loaded.eos_token_ids, golden=loaded.path, all=all, memorize=memorize, report=report
+    )
     return CheckReport((*known, *found.lines))
 
 
@@ -63,13 +67,21 @@ def check_model(
     lm: LM,
     *,
     eos_token_ids: Sequence[int] = (),
+    golden: Path | None = None,
     all: bool = False,
     memorize: bool | None = None,
     report: Report = print,
 ) -> CheckReport:
-    """Check a loaded model; `eos_token_ids` are the stop ids it has besides its tokenizer's. See `check`."""
+    """Check a loaded model; see `check`.
+
+    Args:
+        lm: the model.
+        eos_token_ids: the stop ids it has besides its tokenizer's.
+        golden: the folder with its golden prompts.
+        all, memorize, report: as in `check`.
+    """
     lines: list[CheckLine] = []
-    for test in _tests(lm, eos_token_ids, memorize):
+    for test in _tests(lm, eos_token_ids, golden, memorize):
         line = _line(lm, test)
         lines.append(line)
         report(line)
@@ -81,7 +93,7 @@ def check_model(
 Test = Callable[[LM], CheckLine]
 
 
-def _tests(lm: LM, eos_token_ids: Sequence[int], memorize: bool | None) -> tuple[Test, ...]:
+def _tests(lm: LM, eos_token_ids: Sequence[int], golden: Path | None, memorize: bool | None) -> tuple[Test, ...]:
     """In this order: each relies on what those before it found sound."""
     return (
         tokenizer_self_test,
@@ -92,6 +104,7 @@ def _tests(lm: LM, eos_token_ids: Sequence[int], memorize: bool | None) -> tuple
         loss_mask_test,
         cache_dtype_test,
         partial(stop_token_test, eos_token_ids=eos_token_ids),
+        partial(golden_prompts_test, folder=golden),
         partial(_memorize, wanted=memorize),
     )
 

@@ -5,6 +5,7 @@ DIR/step-00000120/
     tokenizer_state.json    absent where jaxgpt knows no tokenizer for the model
     template.json           chat template; may be absent
     train.json              data position, settings, counters; to resume
+    golden.json             golden prompts, with which a run or import ends; may be absent
     params/  train/         arrays, by Orbax; train/ only to resume
     manifest.json           size and SHA-256 of all of the above, written last
 """
@@ -31,6 +32,8 @@ STAGES = ("base", "sft")
 DTYPES = ("float32", "bfloat16", "float16")
 """What parameters and computation may be."""
 MODEL, TOKENIZER, TEMPLATE, TRAIN = "model.json", "tokenizer_state.json", "template.json", "train.json"
+GOLDEN = "golden.json"
+"""See `jaxgpt.golden_prompts`."""
 STEP = re.compile(r"step-(\d{8,})")
 REPLACED = re.compile(r"\.step-(\d{8,})\.replaced")
 
@@ -94,15 +97,23 @@ def folders(directory: Path) -> dict[int, Path]:
 
 
 def candidates(directory: Path, step: int | None) -> list[Path]:
-    """The folders that may be loaded, newest first."""
+    """The folders that may be loaded, newest first; those that lost their manifest are among them, to be refused."""
     if (directory / manifest.MANIFEST).exists():
         return [directory]
-    found = folders(directory)
+    found = {**_unlisted(directory), **folders(directory)}
     if not found:
         raise CheckpointError(f"{directory} {_instead(directory)}")
     if step is not None and step not in found:
         raise CheckpointError(f"{directory} has no step {step}; it has {first([str(n) for n in sorted(found)], 12)}")
     return [found[n] for n in sorted(found, reverse=True) if step in (None, n)]
+
+
+def _unlisted(directory: Path) -> dict[int, Path]:
+    """Step folders without a manifest, which was there when they were given their name."""
+    if not directory.is_dir():
+        return {}
+    matches = {path: STEP.fullmatch(path.name) for path in directory.iterdir() if path.is_dir()}
+    return {int(match[1]): path for path, match in matches.items() if match and not path.is_symlink()}
 
 
 def is_checkpoint(directory: Path) -> bool:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from jaxgpt.formats import hf_settings, hf_tokenizer, hf_weights, safetensors_fi
 from jaxgpt.formats.folder_links import refuse_links_outside
 from jaxgpt.formats.hf_weights import WEIGHTS
 from jaxgpt.formats.mislabelled import mislabelled
+from jaxgpt.step_folder import GOLDEN
 from jaxgpt.tokenizer import Tokenizer
 
 _BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
@@ -194,8 +195,13 @@ def _is_finite(array: np.ndarray) -> bool:
 # -- Writing ---------------------------------------------------------------------------
 
 
-def write(source: Checkpoint, out: str | Path) -> list[str]:
+def write(source: Checkpoint, out: str | Path, golden: str | None = None) -> list[str]:
     """Write a folder that stock transformers loads; tensors keep their dtype. Lines the caller should print.
+
+    Args:
+        source: the model.
+        out: the folder.
+        golden: the text of golden.json, which other programs pass over.
 
     Raises:
         InputError: the architecture has no Hugging Face type, or OUT exists and is not empty.
@@ -207,6 +213,8 @@ def write(source: Checkpoint, out: str | Path) -> list[str]:
     try:
         partial.mkdir(parents=True)
         notices = _write_files(source, partial)
+        if golden is not None:
+            (partial / GOLDEN).write_text(golden, "utf-8")
         for path in partial.iterdir():
             manifest.sync(path)
         manifest.sync(partial)
@@ -249,8 +257,19 @@ def export_hf(
 ) -> list[str]:
     """Make a Hugging Face folder of a checkpoint, in its own dtype or `cast`; lines the caller should print.
 
+    The golden prompts go with it; a step that has none, or is cast, is asked now.
+
     Raises:
         InputError: as `checkpoint.load` and `write` do.
     """
     refuse_existing(Path(out))
-    return write(checkpoint.load(directory, cast=cast), out)
+    source = checkpoint.load(directory, cast=cast)
+    golden, notices = None, list[str]()
+    if cast is None and (source.path / GOLDEN).is_file():
+        golden = (source.path / GOLDEN).read_text("utf-8")
+    else:
+        from jaxgpt import golden_prompts  # JAX, which files alone do not need
+
+        golden, notice = golden_prompts.answered(replace(source, compute_dtype=cast or source.compute_dtype))
+        notices += [notice] if notice else []
+    return [*write(source, out, golden), *notices]

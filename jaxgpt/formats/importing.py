@@ -37,6 +37,7 @@ def import_model(
     cast: Dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     verify: bool = False,
+    golden: bool = True,
     progress: Progress | None = None,
 ) -> list[str]:
     """Make a checkpoint of a model on disk; lines the caller should print.
@@ -47,6 +48,7 @@ def import_model(
         cast: dtype of the weights; by default those of the file's headers.
         overrides: settings that replace those of the file, e.g. `{"n_head": 12}`.
         verify: read every value back and compare its bits with the source's.
+        golden: ask the model its golden prompts, from the checkpoint as it lies on disk.
         progress: called with bytes done and bytes in all: each byte of the weights is
             written, hashed and, to verify, read from the source and from the checkpoint.
 
@@ -61,7 +63,18 @@ def import_model(
     _save(_contents(source, found, params, cast), Path(out), meter)
     notices = found.notices
     del found, params  # before the checkpoint is read: a cast model would be in memory twice
-    return [*notices, _verified(source, out, cast, overrides or {}, meter)] if verify else notices
+    if verify:
+        notices.append(_verified(source, out, cast, overrides or {}, meter))
+    if golden:
+        notices += _proved(Path(out))
+    return notices
+
+
+def _proved(out: Path) -> list[str]:
+    from jaxgpt import golden_prompts  # JAX, which files alone do not need
+
+    notice = golden_prompts.add(out)
+    return [notice] if notice else []
 
 
 def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarray], cast: Dtype | None) -> Contents:
