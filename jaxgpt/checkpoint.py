@@ -7,9 +7,11 @@ where it is used: it is slow to load.
 """
 
 import errno
+import functools
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -28,7 +30,18 @@ from jaxgpt.errors import InputError
 from jaxgpt.step_folder import DTYPES, CheckpointError, Contents, describe, latest, steps
 from jaxgpt.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "CheckpointError", "Contents", "Saving", "describe", "latest", "load", "save", "steps"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Contents",
+    "Saving",
+    "describe",
+    "latest",
+    "load",
+    "prepare",
+    "save",
+    "steps",
+]
 
 _BLOCK = 4096
 """Bytes in which a file system hands out space."""
@@ -134,6 +147,32 @@ def save(
 
     threading.Thread(target=finish, name=f"save step {step}").start()
     return Saving(future)
+
+
+def prepare(directory: str | Path, contents: Contents, *, saves: int, keep: int) -> None:
+    """Before a run: remove what a killed one left, and refuse a folder without room for its steps.
+
+    Args:
+        directory: the run folder; made where there is none.
+        contents: of any step: all are of one size.
+        saves: still to come.
+        keep: newest steps to keep.
+
+    Raises:
+        CheckpointError: what is needed, and what is free.
+    """
+    directory = Path(directory).absolute()
+    _clean(directory)
+    # The oldest is deleted when the newest counts: for a moment there is one more than is kept.
+    present = len(steps(directory))
+    more = max(1, min(saves + present, keep + 1) - present)
+    size, free = _bytes(contents), shutil.disk_usage(directory).free
+    if more * size > free:
+        needed = f"{more} checkpoints of {in_bytes(size)}" if more > 1 else f"a checkpoint of {in_bytes(size)}"
+        raise CheckpointError(
+            f"{directory} needs room for {needed}, {in_bytes(free)} free; make room, keep fewer (--keep), "
+            "or give another --out"
+        )
 
 
 def _check(contents: Contents) -> None:
@@ -381,11 +420,24 @@ def _orbax() -> Any:
 
     # Orbax reports on its own thread what `Saving.result` raises, and warns of storage chosen on purpose.
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    _hush_tensorstore()
     try:
         from orbax.checkpoint import v1 as ocp
     except ImportError:
         from orbax.checkpoint.experimental import v1 as ocp
     return ocp
+
+
+@functools.cache
+def _hush_tensorstore() -> None:
+    """After an array that failed, its thread calls Orbax's closed event loop; the failure itself is raised."""
+    others = sys.unraisablehook
+
+    def hook(told: Any) -> None:
+        if told.object is not None or str(told.exc_value) != "Event loop is closed":
+            others(told)
+
+    sys.unraisablehook = hook
 
 
 def _storage() -> Any:

@@ -5,6 +5,9 @@ only (see `jaxgpt.train`). A run ends at its last step, at a signal, at early
 stopping, or at an error, and always leaves its newest state on disk.
 """
 
+import dataclasses
+import hashlib
+import itertools
 import math
 import signal
 import time
@@ -19,21 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgpt
-from jaxgpt import checkpoint, device, flops, gates, generate, model, run_log
+from jaxgpt import checkpoint, device, device_memory, flops, gates, generate, model, preflight, run_log
+from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import Template
-from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.checkpoint import Checkpoint, CheckpointError, Saving
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, Batches, DataEnded
 from jaxgpt.errors import InputError
 from jaxgpt.loss import Arrays, evaluate
+from jaxgpt.preflight import Preflight
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import GenerationSettings, TrainSettings
 from jaxgpt.step_folder import Contents
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.train_step import TrainState, initial_state, stacked, train_step
 
-CHINCHILLA = 20
-"""Training tokens a parameter at which compute is spent best (Hoffmann et al. 2022)."""
 MOST_SKIPPED = 3
 """Updates in a row that may be skipped for a loss or gradient that is not finite."""
 
@@ -53,6 +56,10 @@ class TrainResult:
     tokens: int
     """Trained tokens seen."""
     seconds: float
+    memory_estimate: int | None = None
+    """Bytes at the peak, as told before the first step."""
+    memory_peak: int | None = None
+    """Bytes that were in use at the peak; None where the process had used more before."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,14 @@ class Loop:
         self.validation_loss: float | None = None
         self.without_gain = 0
         self.loss = math.nan
-        self.pending: Any = None
+        self.validated = -1
+        """The step whose held-out loss was last measured."""
+        self.saved = -1
+        """The step that is saved, or being saved."""
+        self.pending: Saving | None = None
+        self.failure: CheckpointError | None = None
+        """Why the newest save came to nothing."""
+        self.stopped = _Stopped()
         if run.resumed:
             self._restore(run.resumed)
 
@@ -127,21 +141,27 @@ class Loop:
         self.r.batches.seek(progress["position"])
         for name in ("tokens", "skipped", "best", "validation_loss", "without_gain"):
             setattr(self, name, progress[name])
+        # Steps of before this was noted were saved after their validation.
+        self.validated = progress.get("validated", resumed.step)
 
     def run(self) -> TrainResult:
         """From the present state to the end of the run."""
         started = time.monotonic()
         step = int(self.state.step)
+        self.preflight = self._look()
+        self.preflight.refuse()
         self._gate(step)
+        before = device_memory.peak()
         self.lock.acquire()
+        self._prepare(step)
         self.log = run_log.RunLog(self.r.out, self.settings.steps, resumed_at=step if self.r.resumed else None)
         try:
-            self._announce(step)
-            with _signals() as stopped:
-                reason = self._steps(step, stopped)
-            self._save(int(self.state.step))
-            self._settle()
-            self.log.write("end", int(self.state.step), reason=reason)
+            with _signals(self.stopped):
+                self._announce(step)
+                reason = self._steps(step)
+                self._finish(int(self.state.step))
+            peak = self._peak(before)
+            self.log.write("end", int(self.state.step), reason=reason, memory_peak=peak)
         finally:
             self._settle()
             self.log.close()
@@ -154,7 +174,36 @@ class Loop:
             stop_reason=reason,
             tokens=self.tokens,
             seconds=round(time.monotonic() - started, 3),
+            memory_estimate=self.preflight.memory,
+            memory_peak=peak,
         )
+
+    def dry_run(self) -> Preflight:
+        """What the run would take; where it fits, a step or two are taken, and nothing is kept of them.
+
+        Raises:
+            InputError: see `jaxgpt.gates`.
+        """
+        step = int(self.state.step)
+        found = self._look()
+        if not found.fits or step >= self.settings.steps:
+            return found
+        self._gate(step)
+        micro = [self._next(step) for _ in range(self.settings.accumulate)]
+        return preflight.timed(found, self.r.config, self.settings, self.state, micro, self.r.held_out)
+
+    def _look(self) -> Preflight:
+        draw = self.r.stage == "sft"
+        return preflight.look(self.r.config, self.settings, self.dtype, self.state, self.r.batches, draw=draw)
+
+    def _peak(self, before: int) -> int | None:
+        """Most memory in use since the run began; said where the estimate was wrong by more than a quarter."""
+        peak, estimate = device_memory.peak(), self.preflight.memory
+        if peak <= before or estimate is None:
+            return None
+        if not 0.8 * peak <= estimate <= 1.25 * peak:
+            self.log.say(f"memory: {in_bytes(peak)} at the peak, {in_bytes(estimate)} had been expected")
+        return peak
 
     def _gate(self, step: int) -> None:
         """Refuse, before anything is written, weights that cannot be right."""
@@ -163,22 +212,13 @@ class Loop:
         if self.r.fresh:
             gates.check_fresh(self.r.config, self.state.params, self.dtype)
             return
-        sample = list(self.r.held_out[:4]) or [self._peek()]
+        sample = list(self.r.held_out[:4]) or [preflight.upcoming(self.r.batches)]
         new = range(self.r.tokenizer.base_vocab_size, self.r.tokenizer.vocab_size)
         loss = evaluate(self.r.config, self.state.params, gates.known_targets(sample, new), self.dtype)
         gates.check_loaded(self.r.config, loss, accept=self.settings.accept_loss)
 
-    def _peek(self) -> Batch:
-        position = self.r.batches.position()
-        batch = self.r.batches.next()
-        self.r.batches.seek(position)
-        return batch
-
     def _announce(self, step: int) -> None:
-        count = flops.parameter_count(self.r.config)
-        planned = self.settings.steps * self.settings.accumulate * self.settings.batch_size
-        ratio = planned * self.settings.sequence_length / count
-        starved = "" if ratio >= CHINCHILLA else f" (fewer than the {CHINCHILLA} that use compute best)"
+        found = self.preflight
         say = self.log.say
         for notice in self.r.notices:
             say(notice)
@@ -187,39 +227,44 @@ class Loop:
                 say(notice)
         if device.overlooked_gpu():
             say("this machine has an NVIDIA GPU that JAX does not use; install jaxgpt[cuda12]")
-        say(f"{count:,} parameters, {self.dtype} on {device.describe()}, {ratio:.2g} tokens a parameter{starved}")
+        for line in (found.headline(), *found.lines()):
+            say(line)
         self.log.write(
             "start",
             step,
             device=device.describe(),
             backend=jax.default_backend(),
             compute_dtype=self.dtype,
-            parameters=count,
-            planned_tokens_per_parameter=ratio,
+            parameters=found.parameters,
+            planned_tokens_per_parameter=found.tokens_per_parameter,
             epochs_planned=self.settings.epochs,
             versions={"jaxgpt": jaxgpt.__version__, "jax": jax.__version__},
             **self.r.origin,
         )
-        if not step:
-            self._validate(0)
+        self.log.write("preflight", step, **dataclasses.asdict(found))
 
-    def _steps(self, step: int, stopped: "_Stopped") -> str:
+    def _steps(self, step: int) -> str:
         pace = _Pace(self.r.config, self.settings)
-        while step < self.settings.steps:
-            if stopped.by:
-                self.log.say(f"{stopped.by} received; saving step {step}")
-                return "signal"
+        if self._owes_validation(step) and self._validate(step):
+            return "patience"
+        while step < self.settings.steps and not self.stopped.by:
             self._step(step, pace)
             step += 1
-            last = step == self.settings.steps
-            due = self.settings.eval_every and step % self.settings.eval_every == 0
-            if (due or last) and self._validate(step):
+            self._settle(wait=False)
+            if self._owes_validation(step) and self._validate(step):
                 return "patience"
-            if self.settings.sample_every and step % self.settings.sample_every == 0:
+            if self.settings.sample_every and step % self.settings.sample_every == 0 and not self.stopped.by:
                 self._sample(step)
-            if self.settings.save_every and step % self.settings.save_every == 0 and not last:
+            if self.settings.save_every and step % self.settings.save_every == 0 and step < self.settings.steps:
                 self._save(step)
+        if self.stopped.by and (step < self.settings.steps or self._owes_validation(step)):
+            self.log.say(f"{self.stopped.by} received; saving step {step}")
+            return "signal"
         return "steps"
+
+    def _owes_validation(self, step: int) -> bool:
+        due = step in (0, self.settings.steps) or (self.settings.eval_every and step % self.settings.eval_every == 0)
+        return bool(due) and len(self.r.held_out) > 0 and self.validated < step
 
     def _step(self, step: int, pace: "_Pace") -> None:
         started = time.monotonic()
@@ -236,7 +281,8 @@ class Loop:
         self.skipped = 0
         trained = int(batches["mask"].sum())
         self.tokens += trained
-        rates = pace.of(int((batches["segments"] > 0).sum()), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        rates = pace.of(int((batches["segments"] > 0).sum()), seconds)
         values = {
             "loss": self.loss,
             "grad_norm": float(report.grad_norm),
@@ -245,10 +291,13 @@ class Loop:
             "epoch": round(self.r.batches.epoch, 4),
             "tokens": self.tokens,
         }
-        self.log.write("train", number, **values)
+        self.log.write("train", number, **values, batch_sha256=_digest(micro))
         mfu = f"  MFU {rates['mfu']:.1%}" if rates["mfu"] is not None else ""
         summary = f"loss {self.loss:.4f}  {rates['tokens_per_second']:,.0f} tokens/s{mfu}"
         self.log.advance(number, summary, line=number % self.settings.log_every == 0)
+        remaining = self.settings.steps - number
+        if pace.steps == 2 and remaining:
+            self.log.say(f"{preflight.duration(remaining * seconds)} to finish, {seconds:.3g} s a step")
 
     def _next(self, step: int) -> Batch:
         try:
@@ -260,20 +309,28 @@ class Loop:
         self.skipped += 1
         path = self.r.out / f"bad-batch-{step:08d}.npz"
         arrays: Any = {name: np.asarray(array) for name, array in batches.items()}
-        np.savez(path, **arrays)
+        try:
+            np.savez(path, **arrays)
+            kept = "batch saved"
+        except OSError as error:
+            kept = f"batch not saved ({error.strerror})"
         what = "loss" if not math.isfinite(self.loss) else "gradient"
-        text = f"{what} NaN at step {step}; update skipped ({self.skipped} of {MOST_SKIPPED}); batch saved"
+        text = f"{what} NaN at step {step}; update skipped ({self.skipped} of {MOST_SKIPPED}); {kept}"
         self.log.write("skipped", step, batch=path.name, skipped=self.skipped)
         self.log.say(text)
         if self.skipped >= MOST_SKIPPED:
             raise InputError(f"{text} as {path}; lower --learning-rate or look at the batch")
 
     def _validate(self, step: int) -> bool:
-        """Measure the held-out loss; True when it is time to stop early."""
-        if not len(self.r.held_out):
+        """Measure the held-out loss; True when it is time to stop early.
+
+        A signal cuts it short, and the run that goes on from here begins with it.
+        """
+        batches = itertools.takewhile(lambda _: not self.stopped.by, self.r.held_out)
+        loss = evaluate(self.r.config, self.state.params, batches, self.dtype)
+        if self.stopped.by:
             return False
-        loss = evaluate(self.r.config, self.state.params, self.r.held_out, self.dtype)
-        self.validation_loss = loss
+        self.validation_loss, self.validated = loss, step
         self.log.write("eval", step, loss=loss)
         self.log.say(f"step {step}: validation loss {loss:.4f}")
         if self.best is None or loss < self.best:
@@ -298,44 +355,80 @@ class Loop:
         self.log.write("sample", step, prompt=self.settings.sample_prompt, text=text)
         self.log.say(f"step {step} sample: {self.settings.sample_prompt!r} → {text!r}")
 
-    def _settle(self) -> None:
-        """Wait for the save under way, if any; raises CheckpointError when it failed."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
+    def _prepare(self, step: int) -> None:
+        """Refuse, before the first step, a disk on which the saves of this run can only fail."""
+        if step < self.settings.steps:
+            remaining = self.settings.steps - step
+            saves = -(-remaining // self.settings.save_every) if self.settings.save_every else 1
+            checkpoint.prepare(self.r.out, self._contents(), saves=saves, keep=self.settings.keep)
+
+    def _settle(self, *, wait: bool = True) -> None:
+        """Say what became of the save under way; one that failed costs nothing, the next may succeed."""
+        if self.pending is None or not (wait or self.pending.ended(within=0)):
+            return
+        saving, self.pending, self.failure = self.pending, None, None
+        try:
+            saving.result()
+        except CheckpointError as error:
+            self.failure = error
+            self.log.write("save failed", self.saved, reason=str(error))
+            self.log.say(str(error))
+        else:
+            self.log.write("save", self.saved)
 
     def _save(self, step: int) -> None:
         self._settle()
-        leaves, _ = jax.tree.flatten_with_path((self.state.moments, self.state.step, self.state.rng))
+        self.log.sync()
+        self.saved = step
         self.pending = checkpoint.save(
-            self.r.out,
-            step,
-            Contents(
-                config=self.r.config,
-                params=self.state.params,
-                stage=self.r.stage,
-                compute_dtype=self.dtype,
-                eos_token_ids=list(self.r.tokenizer.stop_ids),
-                tokenizer=self.r.tokenizer,
-                template=self.r.template,
-                provenance={
-                    **self.r.lineage,
-                    **{"parent": self.r.parent, "data": self.r.batches.fingerprint, "tokens": self.tokens},
-                },
-                train={jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves},
-                train_json={
-                    "origin": self.r.origin,
-                    "position": self.r.batches.position(),
-                    "tokens": self.tokens,
-                    "skipped": self.skipped,
-                    "best": self.best,
-                    "validation_loss": self.validation_loss,
-                    "without_gain": self.without_gain,
-                },
-            ),
-            keep=self.settings.keep,
-            score=self.validation_loss,
+            self.r.out, step, self._contents(), keep=self.settings.keep, score=self.validation_loss
         )
+
+    def _finish(self, step: int) -> None:
+        """The newest state is on disk, or it is an error."""
+        if self.saved != step or self.failure:
+            self._save(step)
+        self._settle()
+        if self.failure:
+            raise self.failure
+
+    def _contents(self) -> Contents:
+        leaves, _ = jax.tree.flatten_with_path((self.state.moments, self.state.step, self.state.rng))
+        return Contents(
+            config=self.r.config,
+            params=self.state.params,
+            stage=self.r.stage,
+            compute_dtype=self.dtype,
+            eos_token_ids=list(self.r.tokenizer.stop_ids),
+            tokenizer=self.r.tokenizer,
+            template=self.r.template,
+            provenance={
+                **self.r.lineage,
+                **{"parent": self.r.parent, "data": self.r.batches.fingerprint, "tokens": self.tokens},
+            },
+            train={jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves},
+            train_json={
+                "origin": self.r.origin,
+                "position": self.r.batches.position(),
+                "tokens": self.tokens,
+                "skipped": self.skipped,
+                "best": self.best,
+                "validation_loss": self.validation_loss,
+                "validated": self.validated,
+                "without_gain": self.without_gain,
+            },
+        )
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    """Of all arrays of a step's micro-batches: two runs that log the same saw the same."""
+    found = hashlib.sha256()
+    for batch in batches:
+        arrays: Any = batch
+        for name, array in sorted(arrays.items()):
+            found.update(f"{name} {array.dtype} {array.shape} ".encode())
+            found.update(array.tobytes())
+    return found.hexdigest()[:16]
 
 
 class _Pace:
@@ -345,9 +438,11 @@ class _Pace:
         processed = settings.batch_size * settings.accumulate * settings.sequence_length
         self.flops = processed * flops.flops_per_token(config, settings.sequence_length)
         self.peak = flops.peak(device.describe())
+        self.steps = 0
 
     def of(self, tokens: int, seconds: float) -> dict[str, float | None]:
         """Tokens a second, padding left out, and FLOPs of all places as a share of the peak."""
+        self.steps += 1
         mfu = self.flops / seconds / self.peak if self.peak else None
         return {"tokens_per_second": tokens / seconds, "mfu": mfu}
 
@@ -358,9 +453,8 @@ class _Stopped:
 
 
 @contextmanager
-def _signals() -> Generator[_Stopped]:
+def _signals(stopped: _Stopped) -> Generator[None]:
     """SIGTERM and SIGINT end the run after the present step; a second SIGINT ends it at once."""
-    stopped = _Stopped()
 
     def stop(number: int, _: Any) -> None:
         if stopped.by and number == signal.SIGINT:
@@ -370,10 +464,10 @@ def _signals() -> Generator[_Stopped]:
     try:
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: the caller owns the signals
-        yield stopped
+        yield
         return
     try:
-        yield stopped
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

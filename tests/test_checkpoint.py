@@ -232,12 +232,9 @@ def test_damage_to_any_file_is_refused_and_the_file_named(run: Path, damage: str
     for name in all_files():
         before = (step / name).read_bytes()
         DAMAGE[damage](step / name)
-        if name == "manifest.json" and damage == "deleted":
-            assert "holds no checkpoint" in refused(run, train=True)
-        else:
-            message = refused(run, train=True)
-            assert message.startswith(f"checkpoint step 120: {name} "), message
-            assert message.endswith("; restore it or load an older step")
+        message = refused(run, train=True)
+        assert message.startswith(f"checkpoint step 120: {name} "), message
+        assert message.endswith("; restore it or load an older step")
         (step / name).write_bytes(before)
     checkpoint.load(run, train=True)
 
@@ -467,6 +464,20 @@ def test_resume_falls_back_to_the_newest_verified_step_and_says_so(tmp_path: Pat
     assert checkpoint.steps(tmp_path) == [1200]
 
 
+def test_a_newest_step_without_its_manifest_is_not_passed_over_in_silence(tmp_path: Path):
+    for step in (100, 200):
+        save(tmp_path, step)
+    lost = tmp_path / "step-00000200/manifest.json"
+    lost.unlink()
+    missing = f"checkpoint step 200: manifest.json is missing in {lost.parent}; this is not a finished checkpoint"
+    assert refused(tmp_path) == f"{missing}; restore it or load an older step"
+    with pytest.raises(CheckpointError, match=r"step 200: manifest\.json is missing"):
+        checkpoint.describe(tmp_path)
+    assert checkpoint.load(tmp_path, step=100).step == 100
+    found = checkpoint.load(tmp_path, train=True, fallback=True)
+    assert (found.step, found.notices) == (100, [f"{missing}; using verified step 100"])
+
+
 def test_no_verified_step_left_is_an_error_that_names_every_file(tmp_path: Path):
     for step in (1, 2):
         save(tmp_path, step)
@@ -523,6 +534,32 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     assert message.startswith("step 1200 was not saved: disk full (need 3.")
     assert message.endswith(" MB, 200.0 KB free); last good step 1100")
     assert checkpoint.steps(tmp_path) == [1100]
+
+
+def test_a_disk_too_small_for_the_steps_of_a_run_is_said_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step = contents(train={"n": np.zeros(350_000)})
+    leftover = tmp_path / ".step-00000001.partial"
+    leftover.mkdir()
+
+    def refused(free: int, **asked: int) -> str:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.prepare(tmp_path, step, **asked)
+        return str(caught.value)
+
+    usage = shutil.disk_usage(tmp_path)
+    assert refused(3_100_000, saves=1, keep=2).startswith(f"{tmp_path} needs room for a checkpoint of 3.")
+    assert not leftover.exists()
+    message = refused(9_300_000, saves=5, keep=2)
+    assert message.startswith(f"{tmp_path} needs room for 3 checkpoints of 3.")
+    assert message.endswith(" MB, 9.3 MB free; make room, keep fewer (--keep), or give another --out")
+    assert refused(5_900_000, saves=2, keep=9).startswith(f"{tmp_path} needs room for 2 checkpoints of ")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=6_500_000))
+    checkpoint.prepare(tmp_path, step, saves=5, keep=1)
+    # What lies there makes room when the next step counts.
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    checkpoint.prepare(tmp_path, step, saves=5, keep=2)
 
 
 @pytest.mark.parametrize("where", ["manifest.seal", "os.rename", "Path.write_text"])
