@@ -30,7 +30,7 @@ COMMANDS = {
     "/help": "this list",
     "/quit": "leave (also Ctrl-D)",
 }
-_COMMAND = re.compile(r"/[a-z]+$")
+_COMMAND = re.compile(r"/[a-z]+")
 
 
 class Repl:
@@ -41,13 +41,13 @@ class Repl:
         self.output = output
         self.own_files: set[Path] = set()
         """Saved or loaded here, so /save may write them again."""
-        self.read_line = _line_reader()
+        self.read_line = _line_reader(session)
 
     def run(self) -> int:
         """Until /quit or the end of the input."""
         if sys.stdin.isatty():
             how = "chat" if self.session.template else "raw continuation of text"
-            self.output.note(f"{how}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+            self.output.note(f"{how}; /help lists commands and keys, Ctrl-C stops a reply, Ctrl-D leaves")
         while True:
             try:
                 line = self.read_line()
@@ -60,7 +60,7 @@ class Repl:
     def _take(self, line: str) -> bool:
         """Answer one line; True to leave."""
         name, _, rest = line.partition(" ")
-        if not _COMMAND.match(name):
+        if not _COMMAND.fullmatch(name):
             if line.strip() or not self.session.template:
                 self._answer(self.session.send(line.removeprefix(" ") if line.startswith(" /") else line))
             return False
@@ -155,6 +155,8 @@ class Repl:
     def _help(self, rest: str) -> None:
         for name, meaning in COMMANDS.items():
             self.output.note(f"  {name} {meaning}")
+        if sys.stdin.isatty():
+            self.output.note("  Enter sends; Alt-Enter, or a backslash before Enter, begins another line")
 
 
 def _path(text: str, command: str) -> Path:
@@ -163,20 +165,13 @@ def _path(text: str, command: str) -> Path:
     return Path(text).expanduser()
 
 
-def _line_reader() -> Callable[[], str | None]:
-    """The next line without its line break; None at the end."""
+def _line_reader(session: "ChatSession") -> Callable[[], str | None]:
+    """The next message without its line break; None at the end."""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        from prompt_toolkit import PromptSession
+        from jaxgpt.verbs.line_editor import line_editor
 
-        editor: PromptSession[str] = PromptSession()
-
-        def edited() -> str | None:
-            try:
-                return editor.prompt("> ")
-            except EOFError:
-                return None
-
-        return edited
+        settings = {option.name: option.meaning for option in options.options_of(GenerationSettings)}
+        return line_editor(COMMANDS, settings, lambda: f"{max(session.room, 0):,} tokens left")
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
