@@ -15,23 +15,27 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 import jaxgpt
-from jaxgpt import checkpoint, device, step_folder, step_rewrite
+from jaxgpt import cache as kv
+from jaxgpt import checkpoint, device, model, step_folder, step_rewrite
+from jaxgpt.cache import KVCache
 from jaxgpt.chat import TurnTemplate
 from jaxgpt.checkpoint import Checkpoint
-from jaxgpt.checks.parity import endless, traced
+from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
 from jaxgpt.lm import LM
 from jaxgpt.step_folder import GOLDEN
@@ -45,6 +49,8 @@ QUESTION = "Hi"
 """Asked in the place of the code where a template of turns gives the model conversations."""
 RANDOM = (12, 5, 9, 14)
 """Lengths of prompts of random ids: the first beside the texts, all where there is no tokenizer."""
+WIDTH = 4
+"""Tokens of each prompt that are read at a time."""
 SKETCH = 32
 """Numbers a sketch has: a distance told from them is right within a quarter, mostly."""
 TOP = 8
@@ -178,21 +184,56 @@ def encoded(lm: LM, prompt: Prompt) -> list[int]:
 # -- Asking ----------------------------------------------------------------------------
 
 
-def ask(lm: LM, prompts: Sequence[Sequence[int]], steps: int) -> tuple[list[list[int]], np.ndarray]:
-    """Greedy ids, and float32 logits (B, steps + 1, V), of prompts given as ids, through the real generator.
+def ask(lm: LM, prompts: Sequence[Sequence[int]], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy ids (B, S), and float32 logits (B, S + 1, V), of prompts given as ids.
 
-    The rows are one batch: in another shape the same sums may round otherwise.
+    All goes through the forward with a cache, a few tokens at a time: one program, in a
+    fraction of the time that the decode loop takes to compile, which is compared with
+    whole forwards by `kv_cache_parity_steps_test`. The rows are one batch: in another
+    shape the same sums may round otherwise.
 
     Raises:
         InputError: the logits are not finite.
     """
-    conversation = endless(lm, len(prompts), max(map(len, prompts)) + steps)
+    rows, longest = len(prompts), max(map(len, prompts))
+    cache = kv.empty(lm.config, rows, kv.bucket(longest + steps), lm.generator.dtype)
+    logits = np.zeros((rows, lm.config.vocab_size), np.float32)
     with exactly():
-        conversation.append(prompts)
-        ids, logits = traced(conversation, steps)
-    if not np.isfinite(logits).all():
+        for pieces in _pieces(prompts):
+            logits, cache = _read(lm, cache, pieces)
+        ids, every = list[np.ndarray](), [logits]
+        for _ in range(steps):
+            ids.append(logits[:, : lm.real_ids].argmax(axis=-1))
+            logits, cache = _read(lm, cache, [[int(i)] for i in ids[-1]])
+            every.append(logits)
+    found = np.stack(every, axis=1)
+    if not np.isfinite(found).all():
         raise InputError("the model's logits are not finite")
-    return ids, logits.astype(np.float32)
+    return np.stack(ids, axis=1), found
+
+
+def _pieces(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """The prompts in pieces that all end with the last: shorter ones begin later, with nothing before."""
+    for left in range(-(-max(map(len, prompts)) // WIDTH), 0, -1):
+        ends = [(len(prompt) - WIDTH * left, len(prompt) - WIDTH * (left - 1)) for prompt in prompts]
+        yield [prompt[max(0, a) : max(0, b)] for prompt, (a, b) in zip(prompts, ends, strict=True)]
+
+
+def _read(lm: LM, cache: KVCache, pieces: Sequence[Sequence[int]]) -> tuple[np.ndarray, KVCache]:
+    padded = np.zeros((len(pieces), WIDTH), np.int32)
+    for row, piece in zip(padded, pieces, strict=True):
+        row[: len(piece)] = piece
+    counts = np.array([len(piece) for piece in pieces], np.int32)
+    logits, cache = _last_logits(lm.config, lm.params, cache, jnp.asarray(padded), jnp.asarray(counts))
+    return np.asarray(logits, np.float32), cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _last_logits(
+    config: ModelConfig, params: model.Params, cache: KVCache, ids: Int[Array, "B T"], counts: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], KVCache]:
+    output, cache = model.forward_cached(config, params, ids, counts, cache, last_only=True)
+    return output.logits[:, 0], cache
 
 
 def made(lm: LM) -> Golden:
@@ -208,7 +249,7 @@ def made(lm: LM) -> Golden:
     prompts = _prompts(lm, limit - steps)
     ids, logits = ask(lm, [ids for _, ids in prompts], steps)
     rows = [
-        _golden_prompt(lm, prompt, given, new, row)
+        _golden_prompt(lm, prompt, given, new.tolist(), row)
         for (prompt, given), new, row in zip(prompts, ids, logits, strict=True)
     ]
     return Golden(VERSION, lm.compute_dtype, lm.config.vocab_size, surroundings(), rows)

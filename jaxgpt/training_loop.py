@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgpt
-from jaxgpt import checkpoint, device, device_memory, flops, gates, generate, model, preflight, run_log
+from jaxgpt import checkpoint, device, device_memory, flops, gates, generate, golden_prompts, model, preflight, run_log
 from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import Template
 from jaxgpt.checkpoint import Checkpoint, CheckpointError, Saving
@@ -161,6 +161,8 @@ class Loop:
                 reason = self._steps(step)
                 self._finish(int(self.state.step))
             peak = self._peak(before)
+            if reason != "signal":  # who sends one does not wait
+                self._prove()
             self.log.write("end", int(self.state.step), reason=reason, memory_peak=peak)
         finally:
             self._settle()
@@ -391,6 +393,12 @@ class Loop:
         self._settle()
         if self.failure:
             raise self.failure
+
+    def _prove(self) -> None:
+        """Give the last step its golden prompts."""
+        notice = golden_prompts.add(self.r.out)
+        if notice:
+            self.log.say(notice)
 
     def _contents(self) -> Contents:
         leaves, _ = jax.tree.flatten_with_path((self.state.moments, self.state.step, self.state.rng))

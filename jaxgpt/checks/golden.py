@@ -101,7 +101,7 @@ class _Distances:
         return cls(sorted(far, key=lambda found: -found[0]), noise)
 
 
-def _compared(golden: Golden, lm: LM, ids: list[list[int]], distances: _Distances, asked: str) -> CheckLine:
+def _compared(golden: Golden, lm: LM, ids: np.ndarray, distances: _Distances, asked: str) -> CheckLine:
     """The verdict where bits differ."""
     (furthest, step, row), noise = distances.far[0], distances.noise
     much = f"{furthest:.2g} (RMS over the vocabulary), {_times(furthest, noise)} the measured noise of {noise:.2g}"
@@ -109,7 +109,7 @@ def _compared(golden: Golden, lm: LM, ids: list[list[int]], distances: _Distance
     if not furthest <= ALLOWED * noise:
         return CheckLine(NAME, "FAIL", f"{apart} (allowed {ALLOWED:g}): {_CAUSES}")
     ties: list[str] = []
-    for row, own in zip(golden.prompts, ids, strict=True):
+    for row, own in zip(golden.prompts, ids.tolist(), strict=True):
         at = next((step for step, pair in enumerate(zip(own, row.greedy, strict=True)) if pair[0] != pair[1]), None)
         if at is None:
             continue
