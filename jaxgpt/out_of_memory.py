@@ -4,8 +4,8 @@ import errno
 import re
 
 REMEDIES = {
-    "pretrain": "halve --batch-size and double --accumulate, or pass --remat; --dry-run says what fits",
-    "sft": "halve --batch-size and double --accumulate, or pass --remat; --dry-run says what fits",
+    "pretrain": "halve --batch-size and double --accumulate; --dry-run says what fits",
+    "sft": "halve --batch-size and double --accumulate; --dry-run says what fits",
     "generate": "give fewer or shorter prompts, a smaller --max-new-tokens, or --compute-dtype bfloat16",
     "chat": "start the conversation again, or pass --compute-dtype bfloat16",
     "bench": "lower --max-tokens, or pass --compute-dtype bfloat16",

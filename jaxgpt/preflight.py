@@ -95,13 +95,13 @@ class Preflight:
         yield "memory", f"{needed} at the peak of a step, {limit} can be had on {self.device}"
         yield "data", f"{self.planned_tokens:,} tokens, {self.epochs:.2g} epochs"
         share = self.trained_places / max(self.places, 1)
-        yield "first batch", f"{self.trained_places:,} of {self.places:,} places train ({share:.0%})"
+        yield "first batch", f"{self.trained_places:,} of {self.places:,} places train ({share:.1%})"
         for number, row in enumerate(self.mask):
             yield "" if number else "  # trains", row
         if self.first_loss is not None:
             yield "first loss", f"{self.first_loss:.4f} nats a token; ln(vocab) is {self.uniform_loss:.4f}"
         if self.seconds_per_step is None or self.seconds_to_finish is None:
-            yield "time to finish", "measured in the first steps"
+            yield "time to finish", "told after two steps"
         else:
             each = f"{self.seconds_per_step:.3g} s each"
             yield "time to finish", f"{duration(self.seconds_to_finish)} for {self.steps:,} steps, {each}"
@@ -117,7 +117,7 @@ class Preflight:
         )
 
 
-LAST_REMEDY = "not even one row at a time with --remat fits: shorten --sequence-length, or choose a smaller model"
+LAST_REMEDY = "not even one row at a time fits: shorten --sequence-length, or choose a smaller model"
 
 
 # -- Memory ----------------------------------------------------------------------------
@@ -169,7 +169,9 @@ def smaller_step(
     config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState, needed: int | None, room: int
 ) -> TrainSettings | None:
     """The largest micro-batch of the same step that fits into `room` bytes; with remat only if none does without."""
-    for remat in (True,) if settings.remat else (False, True):
+    # XLA's CPU compiler merges what is computed again with what was computed before: remat saves nothing there.
+    useful = not settings.remat and jax.default_backend() != "cpu"
+    for remat in (False, True) if useful else (settings.remat,):
         same = remat == settings.remat
         per_row = (needed or 0) / settings.batch_size if same else 0.0
         for size in range(settings.batch_size - same, 0, -1):

@@ -82,7 +82,7 @@ class TrainSettings:
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of activations; auto is bfloat16 on a GPU, float32 on a CPU; weights stay float32"""
     remat: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    """recompute activations in the backward pass: less memory, more time; XLA's CPU compiler undoes it"""
     device: Device = "auto"
     """a device that is asked for and missing is an error"""
     eval_every: int = 100
@@ -162,6 +162,8 @@ class PretrainSettings:
     """checkpoint to start from; a fresh model unless given"""
     resume: bool = False
     """go on with the run in --out, bit for bit, with the settings it was started with"""
+    dry_run: bool = False
+    """say what the run would take (memory, time, first loss) and end; writes nothing but compiled programs"""
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
 
@@ -180,6 +182,8 @@ class SFTSettings:
     """run folder: checkpoints and logs"""
     resume: bool = False
     """go on with the run in --out, bit for bit, with the settings it was started with"""
+    dry_run: bool = False
+    """say what the run would take (memory, time, first loss) and end; writes nothing but compiled programs"""
     template: Literal["", "chatml", "tags", "plain"] = ""
     """chat template; the checkpoint's own unless given"""
     pack: bool = True

@@ -2,21 +2,20 @@
 
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxgpt import checkpoint, device, field_checks, flops, model
-from jaxgpt.array_files import in_bytes
+from jaxgpt import checkpoint, device, field_checks, model, preflight
 from jaxgpt.chat import PLAIN, TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.batches import Batch, EpisodeBatches, PretrainBatches, validation
+from jaxgpt.data.batches import Batch, Batches, EpisodeBatches, PretrainBatches, validation
 from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
 from jaxgpt.formats.hf_settings import LINEAGE
+from jaxgpt.preflight import Preflight
 from jaxgpt.presets import PRESETS
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
@@ -35,6 +34,18 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
         return Loop(_pretraining(settings), lock).run()
 
 
+def dry_run(settings: PretrainSettings | SFTSettings) -> Preflight:
+    """What `pretrain` or `sft` with these settings would take; a step or two are taken and forgotten.
+
+    Nothing is written but compiled programs, where JAX keeps them.
+
+    Raises:
+        InputError: as the run would, unless memory alone is wanting: see `Preflight.fits`.
+    """
+    run = _pretraining(settings) if isinstance(settings, PretrainSettings) else _fine_tuning(settings)
+    return Loop(run, RunLock(settings.out)).dry_run()
+
+
 def _pretraining(settings: PretrainSettings) -> Run:
     settings, resumed = _resumed(settings, "pretrain")
     device.use(settings.train.device)
@@ -45,14 +56,21 @@ def _pretraining(settings: PretrainSettings) -> Run:
     source = resumed or (checkpoint.load(settings.init_from) if settings.init_from else None)
     if source is not None:
         _same_tokenizer(source, tokenizer)
+        preflight.check_size(source.config)
         config, params = source.config, source.params
     else:
         config = model_config(settings.model, tokenizer.model_vocab_size)
-        _fits_memory(config)
+        preflight.check_size(config)
         params = model.init(config, settings.train.seed)
     train = settings.train
     _fits_context(config, train)
     _sample_fits(config, tokenizer, train)
+    notices: list[str] = []
+
+    def windows(train: TrainSettings) -> Batches:
+        return PretrainBatches(shards, train.batch_size, train.sequence_length, train.seed, train.epochs)
+
+    batches, train = _batches(windows, train, notices, resumed)
     held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
     if held_out:
         held_out.verify()
@@ -64,13 +82,14 @@ def _pretraining(settings: PretrainSettings) -> Run:
         params=params,
         tokenizer=tokenizer,
         template=shards.template(),
-        batches=PretrainBatches(shards, train.batch_size, train.sequence_length, train.seed, train.epochs),
+        batches=batches,
         held_out=_validation(held_out, train) if held_out else [],
         fresh=source is None,
-        origin={"command": "pretrain", "settings": dataclasses.asdict(settings)},
+        origin={"command": "pretrain", "settings": _kept(settings, train)},
         parent=settings.init_from or None,
         lineage=_lineage(source),
         resumed=resumed,
+        notices=notices,
     )
 
 
@@ -95,6 +114,13 @@ def _fine_tuning(settings: SFTSettings) -> Run:
     train = _within_context(source.config, settings.train, notices)
     episodes = read_episodes(_given("--data", settings.data), source.tokenizer, template, train.sequence_length)
     training, held_out = _split(episodes, settings, train.sequence_length, source.tokenizer, template)
+
+    def rows(train: TrainSettings) -> Batches:
+        size, length = train.batch_size, train.sequence_length
+        return EpisodeBatches(training, size, length, train.seed, train.epochs, packed=settings.pack)
+
+    batches, train = _batches(rows, train, notices, resumed)
+    preflight.check_size(source.config)
     return Run(
         out=Path(settings.out),
         settings=train,
@@ -103,12 +129,10 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         params=source.params,
         tokenizer=source.tokenizer,
         template=template.as_trained(),
-        batches=EpisodeBatches(
-            training, train.batch_size, train.sequence_length, train.seed, train.epochs, packed=settings.pack
-        ),
+        batches=batches,
         held_out=_validation(held_out, train) if held_out.episodes else [],
         fresh=False,
-        origin={"command": "sft", "settings": dataclasses.asdict(settings), "episodes": str(training)},
+        origin={"command": "sft", "settings": _kept(settings, train), "episodes": str(training)},
         parent=settings.model,
         lineage=_lineage(source),
         resumed=resumed,
@@ -121,6 +145,12 @@ _Settings = TypeVar("_Settings", PretrainSettings, SFTSettings)
 
 def _lineage(source: Checkpoint | None) -> dict[str, Any]:
     return {key: source.provenance[key] for key in LINEAGE if key in source.provenance} if source else {}
+
+
+def _kept(settings: PretrainSettings | SFTSettings, train: TrainSettings) -> dict[str, Any]:
+    """What `resume` starts from: the batch as it was lowered to the data, all else as it was asked for."""
+    asked = dataclasses.replace(settings.train, batch_size=train.batch_size)
+    return dataclasses.asdict(dataclasses.replace(settings, train=asked))
 
 
 # -- Putting a run together ------------------------------------------------------------
@@ -164,10 +194,10 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
     """
     out = settings.out
     if not settings.resume:
-        if steps(out):
+        if out and steps(out):
             raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
         return settings, None
-    if not steps(out):
+    if not steps(_given("--out", out)):
         raise InputError(f"{out} holds no saved step to go on from; start the run without --resume")
     found = checkpoint.load(out, train=True, fallback=True)
     if found.train is None or found.train_json is None:
@@ -205,16 +235,25 @@ def _within_context(config: ModelConfig, settings: TrainSettings, notices: list[
     return settings
 
 
-def _fits_memory(config: ModelConfig) -> None:
-    """Before a machine is brought to its knees by weights it could never hold."""
-    one, two = (flops.parameter_count(dataclasses.replace(config, num_hidden_layers=n)) for n in (1, 2))
-    parameters = one + (two - one) * (config.num_hidden_layers - 1)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * parameters > memory:
+def _batches(
+    make: Callable[[TrainSettings], Batches], train: TrainSettings, notices: list[str], resumed: Checkpoint | None
+) -> tuple[Batches, TrainSettings]:
+    """Batches of no more rows than the data has: more would hold the same row twice.
+
+    One that nobody asked for is as large as the data. A resumed run goes on as it was.
+    """
+    batches = make(train)
+    rows = len(batches.rows)
+    if train.batch_size <= rows or resumed:
+        return batches, train
+    if train.batch_size != TrainSettings.batch_size:
         raise InputError(
-            f"a model of {parameters:,} parameters needs {in_bytes(4 * parameters)} for its weights, this machine has "
-            f"{in_bytes(memory)}; choose fewer layers, a smaller width or a shorter context"
+            f"batch_size {train.batch_size:,} is larger than the data, which is {rows:,} rows of "
+            f"{train.sequence_length} tokens; lower --batch-size to {rows:,} or give more data"
         )
+    notices.append(f"batches have {rows} rows, all that the data is, not {train.batch_size}")
+    train = dataclasses.replace(train, batch_size=rows)
+    return make(train), train
 
 
 def _sample_fits(config: ModelConfig, tokenizer: Tokenizer, settings: TrainSettings) -> None:

@@ -9,9 +9,10 @@ from jaxgpt.settings import PretrainSettings, SFTSettings
 from jaxgpt.verbs.output import Output
 
 if TYPE_CHECKING:
+    from jaxgpt.preflight import Preflight
     from jaxgpt.training_loop import TrainResult
 
-ALLOWED_ON_RESUME = {"--out", "--resume", "--json", "--debug"}
+ALLOWED_ON_RESUME = {"--out", "--resume", "--dry-run", "--json", "--debug"}
 
 
 def pretrain(settings: PretrainSettings, output: Output) -> int:
@@ -20,7 +21,7 @@ def pretrain(settings: PretrainSettings, output: Output) -> int:
     _required("--data", settings.data or settings.resume, "a folder written by `jaxgpt data encode`")
     from jaxgpt import train
 
-    return _ended(train.pretrain(settings), output)
+    return _told(train.dry_run(settings), output) if settings.dry_run else _ended(train.pretrain(settings), output)
 
 
 def sft(settings: SFTSettings, output: Output) -> int:
@@ -30,7 +31,7 @@ def sft(settings: SFTSettings, output: Output) -> int:
     _required("--data", settings.data or settings.resume, "a file of chat JSONL")
     from jaxgpt import train
 
-    return _ended(train.sft(settings), output)
+    return _told(train.dry_run(settings), output) if settings.dry_run else _ended(train.sft(settings), output)
 
 
 def _required(flag: str, given: object, meaning: str) -> None:
@@ -39,13 +40,23 @@ def _required(flag: str, given: object, meaning: str) -> None:
 
 
 def _check(settings: PretrainSettings | SFTSettings, output: Output) -> None:
-    _required("--out", settings.out, "a folder for checkpoints and logs")
+    _required("--out", settings.out or (settings.dry_run and not settings.resume), "a folder for checkpoints and logs")
     changed = [flag for flag in output.given if flag not in ALLOWED_ON_RESUME]
     if settings.resume and changed:
         raise InputError(
             f"--resume goes on with the settings the run was started with, got {' '.join(changed)} too; "
             "drop it, or start a new run from this one's checkpoint (pretrain --init-from, sft --model)"
         )
+
+
+def _told(found: "Preflight", output: Output) -> int:
+    """A dry run's report; what does not fit is refused after it, as the run would."""
+    if output.json:
+        output.result({**dataclasses.asdict(found), "fits": found.fits})
+    for line in (found.headline(), *found.lines()):
+        output.say(line)
+    found.refuse()
+    return 0
 
 
 def _ended(result: "TrainResult", output: Output) -> int:
