@@ -1,8 +1,8 @@
-"""Checks before and at the first step that stop a run which could only be wrong.
+"""Checks before, at and after the first step that stop a run which could only be wrong.
 
 A model that knows nothing scores ln(V) nats a token. Above that it is worse than a
 guess (damaged weights, another vocabulary); far below it at the first step, a fresh
-model has seen its answers.
+model has seen its answers; far above it later, training makes it worse.
 """
 
 import math
@@ -21,6 +21,11 @@ FRESH_BELOW = 1.0
 """How far the first real batch of a fresh model may lie from ln(V)."""
 LOADED_SHARE = 0.84
 """A loaded model should score below this share of ln(V): 10.0 nats for Qwen2's vocabulary."""
+
+DIVERGED = 2.0
+"""Multiple of ln(V), or of the first loss where that was more, that no run reaches which learns."""
+DIVERGED_STEPS = 3
+"""In a row: a single batch may be that strange."""
 
 
 def uniform(config: ModelConfig) -> float:
@@ -98,3 +103,26 @@ def known_targets(batches: Sequence[Batch], new_ids: Sequence[int]) -> list[Batc
         changed["mask"] = mask * ~np.isin(changed["targets"], list(new_ids))
         known.append(changed)
     return known
+
+
+class Divergence:
+    """The losses of a run, watched for updates that destroy what they should teach."""
+
+    def __init__(self, config: ModelConfig, learning_rate: float):
+        self.expected = uniform(config)
+        self.learning_rate = learning_rate
+        self.bound: float | None = None
+        self.above = 0
+        """Steps in a row."""
+
+    def watch(self, step: int, loss: float) -> None:
+        """The loss of one more step, in nats; raises InputError at the third in a row that no learning run has."""
+        if self.bound is None:
+            self.bound = DIVERGED * max(self.expected, loss)
+        self.above = self.above + 1 if loss > self.bound else 0
+        if self.above >= DIVERGED_STEPS:
+            raise InputError(
+                f"loss {loss:.4g} at step {step}, {DIVERGED_STEPS} steps in a row above {self.bound:.4g} "
+                f"({DIVERGED:g} times a guess or the first loss; ln(vocab) = {self.expected:.3f}): the run diverges; "
+                f"lower --learning-rate (it was {self.learning_rate:g})"
+            )

@@ -112,6 +112,7 @@ class Loop:
         self.failure: CheckpointError | None = None
         """Why the newest save came to nothing."""
         self.stopped = _Stopped()
+        self.divergence = gates.Divergence(run.config, run.settings.learning_rate)
         if run.resumed:
             self._restore(run.resumed)
 
@@ -297,6 +298,7 @@ class Loop:
         mfu = f"  MFU {rates['mfu']:.1%}" if rates["mfu"] is not None else ""
         summary = f"loss {self.loss:.4f}  {rates['tokens_per_second']:,.0f} tokens/s{mfu}"
         self.log.advance(number, summary, line=number % self.settings.log_every == 0)
+        self.divergence.watch(number, self.loss)
         remaining = self.settings.steps - number
         if pace.steps == 2 and remaining:
             self.log.say(f"{preflight.duration(remaining * seconds)} to finish, {seconds:.3g} s a step")
