@@ -42,6 +42,20 @@ def empty(config: ModelConfig, batch: int, slots: int, dtype: Any) -> KVCache:
     )
 
 
+def nothing_said(cache: KVCache) -> Int[Array, "B S"]:
+    """Room for the id of each slot of this cache."""
+    return jnp.zeros((cache.lengths.shape[0], cache.slots), jnp.int32)
+
+
+def written(
+    said: Int[Array, "B S"], lengths: Int[Array, "B"], ids: Int[Array, "B T"], counts: Int[Array, "B"]
+) -> Int[Array, "B S"]:
+    """The first `counts[b]` of `ids[b]` in the slots from `lengths[b]` on, where the cache stores them too."""
+    offsets = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    slots = jnp.where(offsets < counts[:, None], lengths[:, None] + offsets, said.shape[1])
+    return said.at[jnp.arange(len(said))[:, None], slots].set(ids, mode="drop")
+
+
 def bucket(tokens: int, minimum: int = MINIMUM_SLOTS) -> int:
     """The power of two, at least `minimum`, that holds `tokens`: few shapes, few compilations."""
     return max(minimum, 1 << max(0, tokens - 1).bit_length())

@@ -95,17 +95,13 @@ class ChatSession:
         self.ids = ids
         self.messages = list(messages)
         self._turn: _Turn | None = None
-        self.conversation = self._fresh(kv.empty(self.lm.config, 1, kv.bucket(1), self.lm.compute_dtype))
-
-    def _fresh(self, cache: kv.KVCache) -> Conversation:
-        return Conversation(self.lm.generator, cache, self.settings, [self.settings.seed])
+        cache = kv.empty(self.lm.config, 1, kv.bucket(1), self.lm.compute_dtype)
+        self.conversation = Conversation(self.lm.generator, cache, self.settings, [self.settings.seed])
 
     def configure(self, settings: GenerationSettings) -> None:
         """Other sampling settings from the next reply on; what was read stays read."""
-        lengths = self.conversation.lengths
         self.settings = settings
-        self.conversation = self._fresh(self.conversation.cache)
-        self.conversation.lengths = lengths
+        self.conversation.configure(settings, [settings.seed])
 
     def send(self, text: str) -> Generator[Piece]:
         """One turn: the reply to `text`, piece by piece.
@@ -162,7 +158,7 @@ class ChatSession:
         shown = ""
         try:
             self._prefill()
-            for piece in reply.pieces(self.conversation.generate([budget], CHUNK)):
+            for piece in reply.pieces(self.conversation.chunks([budget], CHUNK)):
                 shown += piece.text
                 yield piece
         finally:

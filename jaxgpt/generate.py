@@ -2,7 +2,7 @@
 
 Two jitted functions, `prefill` and `decode`, take the whole state and give it back
 (donated, so the cache is updated in place). Everything that varies between calls
-is a run-time value or a power-of-two bucket, so after warm-up nothing compiles.
+is a run-time value or a power-of-two bucket, so after warm-up (`Buckets`) nothing compiles.
 Every sampled token is also stored, so the cache always holds exactly the prompt
 and what was generated; forgetting the tail is setting a smaller length.
 """
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt import cache as kv
 from jaxgpt import model, sampling
+from jaxgpt.buckets import MINIMUM_PREFILL, Buckets
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
@@ -26,14 +27,14 @@ from jaxgpt.settings import GenerationSettings
 
 CHUNK = 32
 """Most decode steps between two reads by the host."""
-MINIMUM_PREFILL = 16
-"""Smallest prompt bucket."""
 
 
 class State(NamedTuple):
     """A batch in the middle of generation."""
 
     cache: KVCache
+    said: Int[Array, "B S"]
+    """The id of each slot of the cache; beyond a row's length they mean nothing."""
     logits: Float[Array, "B V"]
     """Of the last stored token: what the next id is drawn from."""
     done: Bool[Array, "B"]
@@ -52,13 +53,19 @@ class Vocabulary(NamedTuple):
     """True for ids that end a row."""
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def prefill(
-    config: ModelConfig, params: model.Params, cache: KVCache, ids: Int[Array, "B T"], counts: Int[Array, "B"]
-) -> tuple[Float[Array, "B V"], KVCache]:
+    config: ModelConfig,
+    params: model.Params,
+    cache: KVCache,
+    said: Int[Array, "B S"],
+    ids: Int[Array, "B T"],
+    counts: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], KVCache, Int[Array, "B S"]]:
     """Store the first `counts[b]` of `ids[b]`; logits of each row's last token."""
+    said = kv.written(said, cache.lengths, ids, counts)
     output, cache = model.forward_cached(config, params, ids, counts, cache, last_only=True)
-    return output.logits[:, 0], cache
+    return output.logits[:, 0], cache, said
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -69,35 +76,48 @@ def decode(
     knobs: sampling.Knobs,
     vocabulary: Vocabulary,
     steps: Int[Array, ""],
-) -> tuple[State, Int[Array, "B C"]]:
-    """Up to `steps` (at most CHUNK) sample-and-store steps; ids, -1 where a row was done."""
+) -> tuple[State, Int[Array, "B C"], Float[Array, "B C"]]:
+    """Up to `steps` (at most CHUNK) sample-and-store steps; ids, -1 where a row was done; their log-probabilities."""
 
-    def unfinished(carry: tuple[Array, State, Array]) -> Array:
-        step, state, _ = carry
+    def unfinished(carry: tuple[Array, State, Array, Array]) -> Array:
+        step, state, _, _ = carry
         return (step < steps) & ~state.done.all()
 
-    def advance(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
-        step, state, ids = carry
-        state, new = _step(config, params, state, knobs, vocabulary)
-        return step + 1, state, ids.at[:, step].set(new)
+    def advance(carry: tuple[Array, State, Array, Array]) -> tuple[Array, State, Array, Array]:
+        step, state, ids, logprobs = carry
+        state, new, probability = _step(config, params, state, knobs, vocabulary)
+        return step + 1, state, ids.at[:, step].set(new), logprobs.at[:, step].set(probability)
 
-    ids = jnp.full((state.done.shape[0], CHUNK), -1, jnp.int32)
-    _, state, ids = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, ids))
-    return state, ids
+    shape = (state.done.shape[0], CHUNK)
+    start = (jnp.int32(0), state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    _, state, ids, logprobs = jax.lax.while_loop(unfinished, advance, start)
+    return state, ids, logprobs
 
 
 def _step(
     config: ModelConfig, params: model.Params, state: State, knobs: sampling.Knobs, vocabulary: Vocabulary
-) -> tuple[State, Int[Array, "B"]]:
+) -> tuple[State, Int[Array, "B"], Float[Array, "B"]]:
     live = ~state.done
-    ids = sampling.sample(state.logits, vocabulary.sampleable, knobs, state.cache.lengths)
+    history = sampling.History(state.said, state.cache.lengths)
+    ids = sampling.sample(state.logits, vocabulary.sampleable, knobs, history)
+    logprobs = sampling.logprobs(state.logits, ids, knobs)
     counts = live.astype(jnp.int32)
+    said = kv.written(state.said, state.cache.lengths, ids[:, None], counts)
     output, cache = model.forward_cached(config, params, ids[:, None], counts, state.cache)
     budget = state.budget - counts
-    # A NaN would otherwise be sampled as id 0, as if nothing had happened.
+    # A NaN would otherwise be sampled as an id, as if nothing had happened.
     broken = state.broken | (live & ~jnp.isfinite(state.logits.max(axis=-1)))
     done = state.done | vocabulary.stops[ids] | (budget <= 0) | broken
-    return State(cache, output.logits[:, 0], done, budget, broken), jnp.where(live, ids, -1)
+    state = State(cache, said, output.logits[:, 0], done, budget, broken)
+    return state, jnp.where(live, ids, -1), logprobs
+
+
+class Chunk(NamedTuple):
+    """What a batch said between two reads by the host, by row."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float]] | None
+    """Of each id, by the model alone; None unless the settings ask for them."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +173,11 @@ class Generator:
         Raises:
             InputError: see `check`; or the model's logits are NaN or infinite.
         """
+        for new in self.chunks(rows, settings, chunk):
+            yield new.ids
+
+    def chunks(self, rows: Sequence[Row], settings: GenerationSettings, chunk: int = CHUNK) -> Iterator[Chunk]:
+        """As `stream`, with log-probabilities where the settings ask for them."""
         self.check(rows)
         batch = kv.bucket(len(rows), 1)
         longest = max(len(row.ids) for row in rows)
@@ -160,7 +185,34 @@ class Generator:
         cache = kv.empty(self.config, batch, kv.bucket(needed), self.dtype)
         conversation = Conversation(self, cache, settings, [row.seed for row in rows])
         conversation.append([row.ids for row in rows])
-        yield from conversation.generate([row.max_new_tokens for row in rows], chunk)
+        yield from conversation.chunks([row.max_new_tokens for row in rows], chunk)
+
+    def warm_up(self, buckets: Buckets) -> None:
+        """Compile what any generation within the buckets runs, by running it on the real path.
+
+        Raises:
+            InputError: caches of more tokens than the context holds.
+        """
+        limit = self.config.max_position_embeddings
+        if kv.bucket(limit) < buckets.slots[-1]:
+            raise InputError(f"cannot warm up for {buckets.slots[-1]:,} tokens; the context holds {limit:,}")
+        for batch in buckets.batches:
+            for slots in buckets.slots:
+                self._warm_up(batch, slots, buckets)
+
+    def _warm_up(self, batch: int, slots: int, buckets: Buckets) -> None:
+        cache = kv.empty(self.config, batch, slots, self.dtype)
+        conversation = Conversation(self, cache, GenerationSettings(), [0] * batch)
+        for width in buckets.widths_in(slots):
+            conversation.forget([0] * batch)
+            # The shortest prompt of its bucket; the context holds it if it holds any of them.
+            conversation.append([[0] * (width // 2 + 1)] * batch)
+        conversation.forget([0] * batch)
+        conversation.append([[0]] * batch)
+        for _ in conversation.generate([1] * batch):
+            pass
+        if 2 * slots in buckets.slots:
+            conversation.reserve(slots + 1)
 
 
 class Conversation:
@@ -172,14 +224,20 @@ class Conversation:
     def __init__(self, generator: Generator, cache: KVCache, settings: GenerationSettings, seeds: Sequence[int]):
         self.generator = generator
         self.cache = cache
+        self.said = kv.nothing_said(cache)
         self.rows = len(seeds)
         self.lengths = np.zeros(self.rows, np.int64)
-        self.knobs = _knobs(settings, seeds, self._batch)
         self.logits: Array | None = None
+        self.configure(settings, seeds)
 
     @property
     def _batch(self) -> int:
         return self.cache.lengths.shape[0]
+
+    def configure(self, settings: GenerationSettings, seeds: Sequence[int]) -> None:
+        """Other settings from the next id on; what was read stays read."""
+        self.knobs = _knobs(settings, seeds, self._batch)
+        self.with_logprobs = settings.logprobs
 
     def append(self, ids: Sequence[Sequence[int]]) -> None:
         """Prefill new tokens of each row.
@@ -196,10 +254,14 @@ class Conversation:
         padded = np.zeros((self._batch, width), np.int32)
         for row, values in enumerate(ids):
             padded[row, : len(values)] = values
-        self._reserve(int((self.lengths + counts).max()))
-        generator = self.generator
-        self.logits, self.cache = prefill(
-            generator.config, generator.params, self.cache, jnp.asarray(padded), jnp.asarray(self._padded(counts))
+        self.reserve(int((self.lengths + counts).max()))
+        self.logits, self.cache, self.said = prefill(
+            self.generator.config,
+            self.generator.params,
+            self.cache,
+            self.said,
+            jnp.asarray(padded),
+            jnp.asarray(self._padded(counts)),
         )
         self.lengths += counts
 
@@ -210,31 +272,43 @@ class Conversation:
             InputError: a budget that the context does not hold, before anything runs; or the
                 model's logits are NaN or infinite.
         """
+        for new in self.chunks(budgets, chunk):
+            yield new.ids
+
+    def chunks(self, budgets: Sequence[int], chunk: int = CHUNK) -> Iterator[Chunk]:
+        """As `generate`, with log-probabilities where the settings ask for them."""
         assert self.logits is not None, "append tokens first"
         self._check_room(np.array(budgets))
         budget = self._padded(np.array(budgets))
         none = jnp.zeros(self._batch, bool)
-        state = State(self.cache, self.logits, jnp.asarray(budget <= 0), jnp.asarray(budget), none)
+        state = State(self.cache, self.said, self.logits, jnp.asarray(budget <= 0), jnp.asarray(budget), none)
         remaining = int(budget.max())
         while remaining > 0 and not bool(np.asarray(state.done).all()):
             steps = min(chunk, CHUNK, remaining)
-            self._reserve(int(self.lengths.max()) + steps)
-            state = state._replace(cache=kv.grown(state.cache, self.cache.slots))
-            state, ids = decode(
+            self.reserve(int(self.lengths.max()) + steps)
+            state, ids, logprobs = decode(
                 self.generator.config,
                 self.generator.params,
-                state,
+                state._replace(cache=self.cache, said=self.said),
                 self.knobs,
                 self.generator.vocabulary,
                 jnp.int32(steps),
             )
-            self.cache, self.logits = state.cache, state.logits
-            new = [[int(i) for i in row if i >= 0] for row in np.asarray(ids)[: self.rows]]
-            self.lengths += [len(row) for row in new]
+            self.cache, self.said, self.logits = state.cache, state.said, state.logits
+            new = self._read(ids, logprobs)
+            self.lengths += [len(row) for row in new.ids]
             if bool(np.asarray(state.broken).any()):
                 raise InputError("the model's logits are NaN or infinite; run `jaxgpt inspect` on the checkpoint")
             remaining -= steps
             yield new
+
+    def _read(self, ids: Array, logprobs: Array) -> Chunk:
+        """To the host: each row's ids up to where it was done."""
+        new = [[int(i) for i in row if i >= 0] for row in np.asarray(ids)[: self.rows]]
+        if not self.with_logprobs:
+            return Chunk(new, None)
+        values = np.asarray(logprobs)
+        return Chunk(new, [values[row, : len(said)].tolist() for row, said in enumerate(new)])
 
     def forget(self, lengths: Sequence[int]) -> None:
         """Keep only the first `lengths[b]` tokens of each row; append before generating again."""
@@ -252,15 +326,28 @@ class Conversation:
         if self.lengths[row] + new[row] > limit:
             raise InputError(f"{self.lengths[row]:,} tokens and {new[row]:,} more; limit {limit:,}")
 
-    def _reserve(self, tokens: int) -> None:
-        self.cache = kv.grown(self.cache, kv.bucket(tokens))
+    def reserve(self, tokens: int) -> None:
+        """Let the cache hold this many tokens a row."""
+        while self.cache.slots < tokens:
+            # By doubling, so that each size is reached from one other only.
+            self.cache = kv.grown(self.cache, 2 * self.cache.slots)
+            self.said = jnp.pad(self.said, ((0, 0), (0, self.cache.slots - self.said.shape[1])))
 
 
 def _knobs(settings: GenerationSettings, seeds: Sequence[int], batch: int) -> sampling.Knobs:
-    padded = np.pad(np.array(seeds, np.uint32), (0, batch - len(seeds)))
+    most = np.iinfo(np.int32).max
+
+    def filled(value: float, dtype: Any) -> Array:
+        # From the host: `jnp.full` would be one more program for every batch size.
+        return jnp.asarray(np.full(batch, value, dtype))
+
     return sampling.Knobs(
-        temperature=jnp.full(batch, settings.temperature or 0.0, jnp.float32),
-        top_k=jnp.full(batch, min(settings.top_k, np.iinfo(np.int32).max), jnp.int32),
-        top_p=jnp.full(batch, settings.top_p, jnp.float32),
-        seed=jnp.asarray(padded),
+        temperature=filled(settings.temperature or 0.0, np.float32),
+        top_k=filled(min(settings.top_k, most), np.int32),
+        top_p=filled(settings.top_p, np.float32),
+        min_p=filled(settings.min_p, np.float32),
+        repetition_penalty=filled(settings.repetition_penalty, np.float32),
+        no_repeat_ngram_size=filled(min(settings.no_repeat_ngram_size, most), np.int32),
+        seed=jnp.asarray(np.pad(np.array(seeds, np.uint32), (0, batch - len(seeds)))),
+        logprobs=filled(settings.logprobs, np.bool_),
     )

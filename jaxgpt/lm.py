@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxgpt import chat, generate, model
+from jaxgpt.buckets import Buckets
 from jaxgpt.chat import Message, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
@@ -37,6 +38,8 @@ class Completion:
     text: str
     """Without special tokens, and without the stop text."""
     stop_reason: StopReason
+    logprobs: list[float] | None = None
+    """The model's log-probability of each of `ids`, before any setting changes it; None unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Piece:
     """The new ids since the last piece; their text may still be held back."""
     stop_reason: StopReason | None = None
     """Set on the last piece."""
+    logprobs: list[float] | None = None
+    """Of `ids`; None unless asked for."""
 
 
 class LM:
@@ -131,7 +136,9 @@ class LM:
         for name, value in changes.items():
             if name not in known:
                 raise InputError(f"generate has no setting {name!r}; it takes {', '.join(known)}")
-            if name != "stop" and not (name == "temperature" and value is None):
+            if name == "logprobs":
+                changes[name] = _truth(name, value)
+            elif name != "stop" and not (name == "temperature" and value is None):
                 changes[name] = _number(name, value, type(known[name]))
         # As everywhere, no temperature is greedy.
         changes["temperature"] = changes.get("temperature") or 0.0
@@ -150,7 +157,8 @@ class LM:
 
         Args:
             prompts: one prompt or a list of them; see `Prompt`.
-            settings: fields of `GenerationSettings`: max_new_tokens, temperature, top_k, top_p, seed, stop.
+            settings: fields of `GenerationSettings`: max_new_tokens, temperature, top_k, top_p, min_p,
+                repetition_penalty, no_repeat_ngram_size, seed, stop, logprobs.
 
         Raises:
             InputError: a bad setting, a prompt that cannot be encoded, or one that would outgrow the context.
@@ -160,13 +168,13 @@ class LM:
         encoded = [self.encode(prompt) for prompt in listed]
         rows = [generate.Row(ids, chosen.max_new_tokens, chosen.seed) for ids in encoded]
         replies = [self._reply(prompt, chosen) for prompt in listed]
-        for chunk in self.generator.stream(rows, chosen):
-            for reply, ids in zip(replies, chunk, strict=True):
-                reply.push(ids)
+        for chunk in self.generator.chunks(rows, chosen):
+            for reply, ids, logprobs in zip(replies, chunk.ids, _by_row(chunk), strict=True):
+                reply.push(ids, logprobs)
             if all(reply.ended for reply in replies):
                 break
         return [
-            Completion(ids, reply.ids, reply.text + reply.finish(), reply.reason)
+            Completion(ids, reply.ids, reply.text + reply.finish(), reply.reason, _asked(chosen, reply.logprobs))
             for ids, reply in zip(encoded, replies, strict=True)
         ]
 
@@ -178,7 +186,26 @@ class LM:
         chosen = self._settings(settings)
         row = generate.Row(self.encode(prompt), chosen.max_new_tokens, chosen.seed)
         reply = self._reply(prompt, chosen)
-        yield from reply.pieces(self.generator.stream([row], chosen, chunk))
+        yield from reply.pieces(self.generator.chunks([row], chosen, chunk))
+
+    def warm_up(self, *, batch: int = 1, prompt: int | None = None, tokens: int | None = None) -> Buckets:
+        """Compile now what generation will need, so that no later call waits for it.
+
+        Args:
+            batch: most prompts of a call.
+            prompt: most tokens of a prompt; all there are unless given.
+            tokens: most tokens of prompt and reply together; the context unless given.
+
+        Returns:
+            The sizes it covers; printed, they say how many programs that is at most.
+
+        Raises:
+            InputError: a number below 1, a prompt longer than all tokens, or more than the context holds.
+        """
+        tokens = self.config.max_position_embeddings if tokens is None else tokens
+        buckets = Buckets.upto(batch, tokens if prompt is None else prompt, tokens)
+        self.generator.warm_up(buckets)
+        return buckets
 
 
 class Reply:
@@ -186,6 +213,8 @@ class Reply:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], stop_ids: Sequence[int]):
         self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        """Of each of `ids`, as far as they were given."""
         self.text = ""
         self._stream = TextStream(tokenizer, stop) if tokenizer else None
         self._stop_ids = frozenset(stop_ids)
@@ -202,14 +231,15 @@ class Reply:
             return "stop_text"
         return "stop_token" if self.ids and self.ids[-1] in self._stop_ids else "length"
 
-    def push(self, ids: Sequence[int]) -> str:
+    def push(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> str:
         """Take new ids until the end; the text that is safe to print now."""
-        new = ""
+        new, before = "", len(self.ids)
         for i in ids:
             if self.ended:
                 break
             self.ids.append(i)
             new += self._stream.push(i) if self._stream else ""
+        self.logprobs += list(logprobs or ())[: len(self.ids) - before]
         self.text += new
         return new
 
@@ -217,15 +247,24 @@ class Reply:
         """Text that was held back."""
         return self._stream.finish() if self._stream else ""
 
-    def pieces(self, chunks: Iterator[list[list[int]]]) -> Iterator[Piece]:
+    def pieces(self, chunks: Iterator[generate.Chunk]) -> Iterator[Piece]:
         """The pieces of a batch of one."""
-        for (ids,) in chunks:
+        for chunk in chunks:
             before = len(self.ids)
-            text = self.push(ids)
-            yield Piece(text, self.ids[before:])
+            (logprobs,) = _by_row(chunk)
+            text = self.push(chunk.ids[0], logprobs)
+            yield Piece(text, self.ids[before:], logprobs=None if logprobs is None else self.logprobs[before:])
             if self.ended:
                 break
         yield Piece(self.finish(), [], self.reason)
+
+
+def _by_row(chunk: generate.Chunk) -> Sequence[list[float] | None]:
+    return chunk.logprobs if chunk.logprobs is not None else [None] * len(chunk.ids)
+
+
+def _asked(settings: GenerationSettings, logprobs: list[float]) -> list[float] | None:
+    return logprobs if settings.logprobs else None
 
 
 def _array(ids: Any) -> np.ndarray:
@@ -254,6 +293,12 @@ def _number(name: str, value: Any, kind: type) -> Any:
         what = "an integer" if kind is int else "a number"
         raise InputError(f"{name} must be {what}, got {value!r}")
     return kind(value)
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def _texts(stop: Any) -> tuple[str, ...]:

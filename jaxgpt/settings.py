@@ -8,41 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxgpt.errors import InputError
+from jaxgpt.generation_settings import GenerationSettings
 
 Device = Literal["auto", "cpu", "gpu"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How ids are drawn from logits, and when to stop."""
-
-    max_new_tokens: int = 128
-    """most tokens to generate"""
-    temperature: float = 0.0
-    """0 is greedy: the most likely token, every time"""
-    top_k: int = 0
-    """sample from the k most likely tokens; 0 for all"""
-    top_p: float = 1.0
-    """sample from the most likely tokens that together reach this probability"""
-    seed: int = 0
-    """the same seed gives the same text"""
-    stop: tuple[str, ...] = ()
-    """stop when this text appears (repeatable); it is not printed"""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be ≥ 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be ≥ 0, got {self.top_k}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be in 0–{2**32 - 1}, got {self.seed}")
-        if any(not text for text in self.stop):
-            raise InputError("a stop text is empty; give the text to stop at")
+SMALLEST, LARGEST = 1.2e-38, 3.4e38
+"""Positive numbers that float32, which training computes in, does not round to zero or infinity."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,7 @@ class TrainSettings:
     eval_every: int = 100
     """steps between validations; 0 for none but the first and last"""
     eval_batches: int = 20
-    """batches of a validation"""
+    """batches of a validation; 0 for all that is held out"""
     patience: int = 0
     """validations without a better loss before stopping early; 0 never stops"""
     save_every: int = 200
@@ -114,16 +86,20 @@ class TrainSettings:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be in 0–{2**32 - 1}, got {self.seed}")
         for name in ("learning_rate", "clip_norm"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+            if not SMALLEST <= getattr(self, name) <= LARGEST:
+                raise InputError(f"{name} must be positive, and one that float32 holds, got {getattr(self, name)}")
         for name in ("decay_fraction", "final_learning_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0.0 <= self.weight_decay < float("inf"):
-            raise InputError(f"weight_decay must be ≥ 0, got {self.weight_decay}")
+        if not 0.0 <= self.weight_decay <= LARGEST:
+            raise InputError(f"weight_decay must be ≥ 0, and one that float32 holds, got {self.weight_decay}")
+        if self.warmup_steps > max(self.steps, TrainSettings.warmup_steps):
+            raise InputError(f"warmup_steps {self.warmup_steps} is more than the run's {self.steps} steps; lower it")
+        if self.patience and not self.eval_every:
+            raise InputError("patience counts validations, and eval_every 0 makes none; give --eval-every or drop it")
 
 
 @dataclass(frozen=True)
@@ -222,7 +198,7 @@ class GenerateSettings:
     """a device that is asked for and missing is an error"""
     compute_dtype: ComputeDtype | None = None
     """dtype of activations and cache; the checkpoint's unless given"""
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = field(default=GenerationSettings())
 
 
 @dataclass(frozen=True)
@@ -247,7 +223,7 @@ class ChatSettings:
     """a device that is asked for and missing is an error"""
     compute_dtype: ComputeDtype | None = None
     """dtype of activations and cache; the checkpoint's unless given"""
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = field(default=GenerationSettings())
 
     def __post_init__(self) -> None:
         if self.raw and self.chat:
@@ -310,6 +286,8 @@ class BenchSettings:
             raise InputError(f"iterations must be at least 1, got {self.iterations}")
         if self.max_tokens < 2:
             raise InputError(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if self.floor is not None and not 0.0 <= self.floor < float("inf"):
+            raise InputError(f"floor must be ≥ 0 tokens/s, got {self.floor}")
 
 
 @dataclass(frozen=True)
@@ -391,6 +369,12 @@ class DataInspectSettings:
     """T: longer episodes are dropped in SFT"""
     episodes: int = 3
     """episodes to show"""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1:
+            raise InputError(f"sequence_length must be at least 1, got {self.sequence_length}")
+        if self.episodes < 0:
+            raise InputError(f"episodes must be ≥ 0, got {self.episodes}")
 
 
 @dataclass(frozen=True)

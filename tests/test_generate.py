@@ -2,16 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from jaxgpt import cache as kv
-from jaxgpt import generate, model
-from jaxgpt.config import ModelConfig
+from jaxgpt import model, weights
+from jaxgpt.buckets import Buckets
+from jaxgpt.config import ModelConfig, to_hf
 from jaxgpt.errors import InputError
 from jaxgpt.generate import CHUNK, Conversation, Generator, Row
 from jaxgpt.settings import GenerationSettings
@@ -245,6 +249,86 @@ def test_a_row_cannot_append_nothing():
         talk.append([[1], []])
 
 
+# -- What was said before --------------------------------------------------------------
+
+
+CERTAIN = GenerationSettings(temperature=1.0, top_k=1)
+"""The most likely id after the penalties, which strict greedy does not apply."""
+
+
+def by_transformers(made: Generator, ids: list[int], new: int, **penalties: Any) -> list[int]:
+    """Greedy decoding of the same weights by transformers' own loop and processors."""
+    keys = to_hf(made.config, "float32")
+    hf = transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
+    hf.bos_token_id = hf.eos_token_id = None
+    peer = transformers.AutoModelForCausalLM.from_config(hf)
+    arrays = {name: torch.tensor(np.asarray(array)) for name, array in weights.to_hf(made.config, made.params).items()}
+    peer.load_state_dict(arrays, strict=False)
+    prompt = torch.tensor([ids])
+    with torch.inference_mode():
+        out = peer.eval().generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            **penalties,
+        )
+    return out[0, len(ids) :].tolist()
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3},
+]
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_penalties_give_the_tokens_of_transformers_over_prompt_and_reply_of_ragged_rows(penalties: dict[str, Any]):
+    made = generator(GPT2)
+    # Few ids, so that there is something to repeat; the cache grows in the middle.
+    prompts = [prompt(20)[:4] * 5, [5, 6] * 3, prompt(50)]
+    settings = dataclasses.replace(CERTAIN, **penalties)
+    ours = run(made, [Row(ids, 40, 0) for ids in prompts], settings)
+    assert ours == [by_transformers(made, ids, 40, **penalties) for ids in prompts]
+    assert ours != run(made, [Row(ids, 40, 0) for ids in prompts], GREEDY)
+
+
+def test_a_forgotten_reply_is_not_repeated_and_turns_are_one_history():
+    made = generator()
+    settings = dataclasses.replace(CERTAIN, repetition_penalty=1.5, no_repeat_ngram_size=2)
+    talk = conversation(made, settings=settings)
+    talk.append([prompt(60)])
+    list(talk.generate([30]))
+    talk.forget([20])
+    talk.append([prompt(6, 9)])
+    (first,) = joined(talk.generate([8]))
+    talk.append([prompt(3, 4)])
+    (second,) = joined(talk.generate([8]))
+    whole = [*prompt(60)[:20], *prompt(6, 9)]
+    assert run(made, [Row(whole, 8, 0)], settings) == [first]
+    assert run(made, [Row([*whole, *first, *prompt(3, 4)], 8, 0)], settings) == [second]
+
+
+# -- Log-probabilities -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, dataclasses.replace(SAMPLED, repetition_penalty=1.5)])
+def test_logprobs_are_those_of_a_forward_without_a_cache(settings: GenerationSettings):
+    made = generator()
+    rows = [Row(prompt(9), 40, 1), Row(prompt(30), 7, 2)]
+    chunks = list(made.chunks(rows, dataclasses.replace(settings, logprobs=True), 6))
+    for place, row in enumerate(rows):
+        ids = [i for chunk in chunks for i in chunk.ids[place]]
+        logprobs = [value for chunk in chunks for value in (chunk.logprobs or [])[place]]
+        logits = naive(made, [*row.ids, *ids])[len(row.ids) - 1 : -1]
+        expected = torch.log_softmax(torch.tensor(logits).double(), -1).numpy()[np.arange(len(ids)), ids]
+        assert len(logprobs) == len(ids) == row.max_new_tokens
+        assert np.abs(np.array(logprobs) - expected).max() < 2 * conftest.rounding(logits)
+    assert all(chunk.logprobs is None for chunk in made.chunks(rows, settings))
+
+
 # -- The edge of the context -----------------------------------------------------------
 
 
@@ -316,29 +400,81 @@ def test_an_id_whose_embedding_is_nan_breaks_only_when_it_is_read_and_then_loudl
 def test_the_cache_is_updated_in_place():
     made = generator()
     talk = conversation(made)
-    buffers = [*talk.cache.keys, *talk.cache.values]
+    buffers = [*talk.cache.keys, *talk.cache.values, talk.said]
     talk.append([prompt(5)])
     assert all(buffer.is_deleted() for buffer in buffers)
     assert talk.logits is not None
-    buffers = [*talk.cache.keys, *talk.cache.values, talk.logits]
+    buffers = [*talk.cache.keys, *talk.cache.values, talk.said, talk.logits]
     list(talk.generate([5]))
     assert all(buffer.is_deleted() for buffer in buffers)
 
 
-def compiled() -> tuple[int, int]:
-    return generate.prefill._cache_size(), generate.decode._cache_size()
+class Compiled:
+    """Programs that XLA compiled since it was made, those of single operations included."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **_: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-def test_after_warm_up_nothing_compiles_for_other_prompts_lengths_or_settings():
-    made = generator(GPT2)
-    run(made, [Row(prompt(17), 20, 0)] * 3)
-    before = compiled()
-    for length, budget, chunk in ((18, 1, 32), (32, 32, 7), (25, 30, 1)):
-        settings = GenerationSettings(temperature=0.1 * length, top_k=budget, top_p=0.01 * length)
-        run(made, [Row(prompt(length), budget, seed) for seed in (9, 2**32 - 1, 3, 4)], settings, chunk)
-    assert compiled() == before
-    run(made, [Row(prompt(33), 20, 0)] * 3)
-    assert compiled() == (before[0] + 1, before[1]), "a longer prompt is another bucket of prefill only"
+def varied(number: int) -> GenerationSettings:
+    """Every knob at another value."""
+    return GenerationSettings(
+        temperature=0.1 * (number % 12),
+        top_k=number % 7,
+        top_p=1.0 - 0.01 * number,
+        min_p=0.005 * number,
+        repetition_penalty=1.0 + 0.02 * (number % 5),
+        no_repeat_ngram_size=number % 4,
+        seed=number,
+        logprobs=number % 2 == 1,
+    )
+
+
+def test_after_warm_up_50_ragged_generations_compile_nothing_and_an_unwarmed_size_does():
+    config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97)  # no other test's programs
+    made = generator(config)
+    buckets = Buckets.upto(batch=2, prompt=32, tokens=128)
+    assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 32 programs"
+    compiled = Compiled()
+    made.warm_up(buckets)
+    # Two batches, each with two caches' two prefills and decode loop, and what single operations need.
+    assert 12 <= compiled.count <= buckets.programs
+    compiled.count = 0
+    rng = np.random.default_rng(0)
+    for number in range(50):
+        prompts = [rng.integers(0, 97, rng.integers(1, 33)).tolist() for _ in range(1 + number % 2)]
+        rows = [Row(ids, int(rng.integers(1, 60)), number) for ids in prompts]
+        for _ in made.chunks(rows, varied(number), 1 + number % CHUNK):
+            pass
+    talk = conversation(made)
+    for number in range(3):
+        talk.configure(varied(number), [number])
+        talk.append([[1, 2, 3]])
+        list(talk.generate([30]))
+        talk.forget([8 * number + 1])
+    assert compiled.count == 0
+    run(made, [Row([1] * 33, 5, 0)])
+    assert compiled.count == 1, "a prompt of another size is one more prefill"
+    run(made, [Row([1], 5, 0)] * 3)
+    assert compiled.count > 2, "and another batch more than that"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1), "batch must be at least 1, got 0"),
+        ((1, 100, 99), "a prompt of 100 does not fit 99 tokens; raise tokens or lower prompt"),
+        ((1, 1, 257), "cannot warm up for 512 tokens; the context holds 150"),
+    ],
+)
+def test_sizes_that_cannot_be_warmed_up_are_refused(sizes: tuple[int, int, int], message: str):
+    made = Generator(GPT2, {}, real_ids=131, stop_ids=[], dtype="float32")
+    with pytest.raises(InputError, match=message):
+        made.warm_up(Buckets.upto(*sizes))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from jaxgpt import chat, device, model
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Checkpoint, save
 from jaxgpt.errors import InputError
-from jaxgpt.generate import Row
+from jaxgpt.generate import Chunk, Row
 from jaxgpt.lm import LM, Piece
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.step_folder import Contents
@@ -52,11 +52,11 @@ def scripted(lm: LM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the decode loop say these ids, one or two a chunk, whatever the prompt."""
     pairs = [ids[at : at + 2] for at in range(0, len(ids), 2)]
 
-    def stream(rows: list[Row], settings: GenerationSettings, chunk: int = 32):
+    def chunks(rows: list[Row], settings: GenerationSettings, chunk: int = 32):
         del settings, chunk
-        return iter([[pair] * len(rows) for pair in pairs])
+        return iter([Chunk([pair] * len(rows), None) for pair in pairs])
 
-    monkeypatch.setattr(lm.generator, "stream", stream)
+    monkeypatch.setattr(lm.generator, "chunks", chunks)
 
 
 def refusal(call: Any, *arguments: Any, **settings: Any) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def generate(settings: GenerateSettings, output: Output) -> int:
     """Continue each prompt; one prompt is streamed, several are a batch."""
     prompts = _prompts(settings)
+    _check(settings.generation, output)
     lm = _load(settings, output)
     chosen = settings.generation
     if settings.messages:
@@ -59,7 +60,7 @@ def _batch(lm: "LM", prompts: list[Any], chosen: GenerationSettings, output: Out
         zip(prompts, lm.generate(prompts, **_fields(chosen)), strict=True), start=1
     ):
         if output.json:
-            output.result({"prompt": prompt, **dataclasses.asdict(done)})
+            output.result({"prompt": prompt, **_given(dataclasses.asdict(done))})
         else:
             head = f"[{number}/{len(prompts)}]\n" if len(prompts) > 1 else ""
             output.say(head + (done.text if lm.tokenizer else ",".join(map(str, done.ids))))
@@ -70,6 +71,7 @@ def chat(settings: ChatSettings, output: Output) -> int:
     from jaxgpt.chat_session import ChatSession
     from jaxgpt.verbs.repl import Repl
 
+    _check(settings.generation, output)
     lm = _load(settings, output)
     raw = settings.raw or (lm.stage == "base" and not settings.chat)
     chosen = dataclasses.replace(settings.generation, temperature=0.0) if settings.greedy else settings.generation
@@ -101,11 +103,13 @@ def reply(pieces: "Iterable[Piece]", output: Output, **also: Any) -> str:
     if not output.json:
         return print_pieces(pieces, output)
     text, ids, reason = "", list[int](), ""
+    logprobs: list[float] | None = None
     for piece in pieces:
         text += piece.text
         ids += piece.ids
+        logprobs = logprobs if piece.logprobs is None else [*(logprobs or ()), *piece.logprobs]
         reason = piece.stop_reason or reason
-    output.result({**also, "text": text, "ids": ids, "stop_reason": reason})
+    output.result({**also, **_given({"text": text, "ids": ids, "stop_reason": reason, "logprobs": logprobs})})
     return reason
 
 
@@ -117,6 +121,24 @@ def print_pieces(pieces: "Iterable[Piece]", output: Output) -> str:
         reason = piece.stop_reason or reason
     output.say()
     return reason
+
+
+def _given(result: dict[str, Any]) -> dict[str, Any]:
+    """Without log-probabilities that nobody asked for."""
+    return {name: value for name, value in result.items() if name != "logprobs" or value is not None}
+
+
+def _check(chosen: GenerationSettings, output: Output) -> None:
+    if chosen.logprobs and not output.json:
+        raise InputError("--logprobs are printed as JSON only; add --json")
+    note_ignored(chosen, output)
+
+
+def note_ignored(chosen: GenerationSettings, output: Output) -> None:
+    """Say which settings do nothing because the draw is greedy."""
+    ignored = chosen.ignored_by_greedy
+    if ignored:
+        output.note(f"temperature 0 is greedy and ignores {', '.join(ignored)}; a temperature above 0 uses them")
 
 
 def _fields(chosen: GenerationSettings) -> dict[str, Any]:
