@@ -91,7 +91,7 @@ def main() -> None:
         importing.import_model(source, made)
         works: dict[str, Callable[[Path], object]] = {
             "copy_and_hash": lambda out: copy_and_hash(source, out),
-            "import": lambda out: importing.import_model(source, out),
+            "import": lambda out: importing.import_model(source, out, golden=False),
             "export_hf": lambda out: hf.export_hf(made, out),
             "export_gguf": lambda out: gguf_export.export_gguf(made, out),
         }
