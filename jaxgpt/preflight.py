@@ -104,7 +104,8 @@ class Preflight:
             yield "time to finish", "told after two steps"
         else:
             each = f"{self.seconds_per_step:.3g} s each"
-            yield "time to finish", f"{duration(self.seconds_to_finish)} for {self.steps:,} steps, {each}"
+            steps = "1 step" if self.steps == 1 else f"{self.steps:,} steps"
+            yield "time to finish", f"{duration(self.seconds_to_finish)} for {steps}, {each}"
 
     def refuse(self) -> None:
         """Raise InputError, with the flags that fit, unless this does."""
@@ -158,6 +159,14 @@ def step_bytes(config: ModelConfig, settings: TrainSettings, dtype: str, state: 
     return batch_bytes + found.temp_size_in_bytes + outputs + found.generated_code_size_in_bytes
 
 
+def _saved_bytes(settings: TrainSettings, state: TrainState) -> int:
+    """The copy that is being written while the next step runs; of an accelerator's arrays it is the host's."""
+    while_training = 0 < settings.save_every < settings.steps - int(state.step)
+    if jax.default_backend() != "cpu" or not while_training:
+        return 0
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
 def _batch_shapes(settings: TrainSettings) -> dict[str, Any]:
     """Like `train_step.stacked` of a step's micro-batches: (A, B, T)."""
     shape = (settings.accumulate, settings.batch_size, settings.sequence_length)
@@ -208,6 +217,7 @@ def look(
     rows = settings.steps * settings.accumulate * settings.batch_size
     first = upcoming(batches)
     taken = step_bytes(config, settings, dtype, state)
+    saved = _saved_bytes(settings, state)
     # Only now: compiling takes memory, too, and does not give all of it back.
     used, free = device_memory.used(), device_memory.free()
     found = Preflight(
@@ -221,7 +231,7 @@ def look(
         planned_tokens=rows * settings.sequence_length,
         tokens_per_parameter=rows * settings.sequence_length / count,
         epochs=rows / len(batches.rows),
-        memory=None if taken is None else used + taken,
+        memory=None if taken is None else used + saved + taken,
         memory_limit=used + free,
         smaller=None,
         places=int((first["segments"] > 0).sum()),
@@ -231,7 +241,7 @@ def look(
     )
     if found.fits:
         return dataclasses.replace(found, first_loss=evaluate(config, state.params, [first], dtype))
-    chosen = smaller_step(config, settings, dtype, state, taken, free)
+    chosen = smaller_step(config, settings, dtype, state, taken, free - saved)
     return dataclasses.replace(found, smaller=flags(chosen) if chosen else None)
 
 

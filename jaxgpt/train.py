@@ -49,7 +49,13 @@ def dry_run(settings: PretrainSettings | SFTSettings) -> Preflight:
 def _pretraining(settings: PretrainSettings) -> Run:
     settings, resumed = _resumed(settings, "pretrain")
     device.use(settings.train.device)
+    if settings.init_from and settings.model != ModelSettings():
+        raise InputError(
+            f"the model's shape and dropout are those of --init-from {settings.init_from}; drop the others"
+        )
     shards = TokenShards(_given("--data", settings.data))
+    if settings.out and Path(settings.out).resolve() == Path(settings.data).resolve():
+        raise InputError(f"--out {settings.out} is the data's own folder; give another")
     shards.verify()
     shards.judge_first_shard()
     tokenizer = shards.tokenizer()
@@ -193,6 +199,8 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
     A resumed run takes the settings it was started with; only where it lies may have changed.
     """
     out = settings.out
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"--out {out} is a file; give a folder for checkpoints and logs")
     if not settings.resume:
         if out and steps(out):
             raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")

@@ -334,10 +334,12 @@ class Loop:
         loss = evaluate(self.r.config, self.state.params, batches, self.dtype)
         if self.stopped.by:
             return False
-        self.validation_loss, self.validated = loss, step
+        finite = math.isfinite(loss)
+        # A NaN would be the best ever seen, and JSON has none: the step could not be saved.
+        self.validation_loss, self.validated = loss if finite else None, step
         self.log.write("eval", step, loss=loss)
         self.log.say(f"step {step}: validation loss {loss:.4f}")
-        if self.best is None or loss < self.best:
+        if finite and (self.best is None or loss < self.best):
             self.best, self.without_gain = loss, 0
         elif step > self.settings.warmup_steps:
             self.without_gain += 1

@@ -203,6 +203,15 @@ def test_early_stopping_says_so_and_never_fires_in_warm_up(data, tmp_path, monke
     assert "stopping early: no better validation loss in 2 validations" in capsys.readouterr().err
 
 
+def test_a_validation_that_is_not_finite_is_never_the_best_and_does_not_keep_the_run_from_saving(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training_loop, "evaluate", lambda *_: float("nan"))
+    result = train.pretrain(settings(data, tmp_path / "out", steps=1))
+    assert (result.validation_loss, result.best_validation_loss) == (None, None)
+    assert steps(tmp_path / "out") == [1]
+
+
 def test_the_log_has_what_doctor_needs_and_the_loss_is_drawn(base):
     records = run_log.read(base)
     start = records[0]

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from jaxgpt.errors import InputError
-from jaxgpt.settings import PretrainSettings, SFTSettings
+from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings
 from jaxgpt.verbs.output import Output
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ def pretrain(settings: PretrainSettings, output: Output) -> int:
     """Train a base model on token shards."""
     _check(settings, output)
     _required("--data", settings.data or settings.resume, "a folder written by `jaxgpt data encode`")
+    shape = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ModelSettings)}
+    if settings.init_from and (given := [flag for flag in output.given if flag in shape]):
+        raise InputError(f"the model's shape and dropout are those of --init-from; drop {' '.join(given)}")
     from jaxgpt import train
 
     return _told(train.dry_run(settings), output) if settings.dry_run else _ended(train.pretrain(settings), output)
