@@ -82,6 +82,28 @@ def test_generate_prints_a_json_object_for_each_prompt(models: Path, lm: LM, cap
     ]
 
 
+def test_logprobs_of_each_token_are_in_the_json_if_asked_for(models: Path, lm: LM, capsys: pytest.CaptureFixture[str]):
+    penalised = {"temperature": 1, "top_k": 1, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_p": 0.1}
+    flags = [word for name, value in penalised.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert run("generate", models / "base", "one", *flags, "--max-new-tokens", 8, "--json", "--logprobs") == 0
+    (done,) = lm.generate("one", max_new_tokens=8, logprobs=True, **penalised)
+    line = json.loads(capsys.readouterr().out)
+    assert line["ids"] == done.ids
+    assert line["logprobs"] == done.logprobs
+    assert done.logprobs is not None
+    assert len(done.logprobs) == len(done.ids)
+    logits = lm.logits([[*done.prompt_ids, *done.ids]])[0, len(done.prompt_ids) - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert np.abs(expected[np.arange(len(done.ids)), done.ids] - done.logprobs).max() < 1e-4
+    assert run("chat", models / "sft", "Hi", "--max-new-tokens", 8, "--json", "--logprobs") == 0
+    line = json.loads(capsys.readouterr().out)
+    assert len(line["logprobs"]) == len(line["ids"])
+    assert run("chat", models / "sft", "Hi", "--max-new-tokens", 8, "--json", "--min-p", 0.5) == 0
+    captured = capsys.readouterr()
+    assert "logprobs" not in json.loads(captured.out)
+    assert "temperature 0 is greedy and ignores min_p; a temperature above 0 uses them" in captured.err
+
+
 def test_generate_answers_conversations_from_files(
     models: Path, lm: LM, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
@@ -212,6 +234,8 @@ def test_commands_change_save_and_load_a_conversation(
         ("/set temperature", "/set temperature needs a value (0 is greedy"),
         ("/set temperature hot", "--temperature must be a number, got 'hot'"),
         ("/set top-p 7", "top_p must be in (0, 1], got 7.0"),
+        ("/set repetition-penalty 0", "repetition_penalty must be in 0.01–100"),
+        ("/set no-repeat-ngram-size 3", "temperature 0 is greedy and ignores no_repeat_ngram_size"),
         ("/save", "/save needs a file name"),
         ("/save x", "nothing was said yet"),
         ("/load nowhere.json", "nowhere.json is not a file"),

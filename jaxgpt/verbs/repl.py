@@ -115,6 +115,8 @@ class Repl:
         self.output.note("(new conversation)")
 
     def _set(self, rest: str) -> None:
+        from jaxgpt.verbs.talk import note_ignored
+
         known = {option.name: option for option in options.options_of(GenerationSettings)}
         name, _, value = rest.partition(" ")
         name = name.replace("-", "_")
@@ -126,6 +128,7 @@ class Repl:
             parsed: Any = options.from_text(known[name], value.strip())
             changes = {name: (parsed,) if known[name].many else parsed}
             self.session.configure(dataclasses.replace(self.session.settings, **changes))
+            note_ignored(self.session.settings, self.output)
         shown = dataclasses.asdict(self.session.settings)
         self.output.note("  ".join(f"{key}={value!r}" for key, value in shown.items()))
 
