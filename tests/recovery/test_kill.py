@@ -205,6 +205,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_it_counts
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(os, "rename", record_rename)
     final = checkpoint.save(tmp_path, 5, contents(5)).result()
+    events.append(("acknowledged", str(final)))
     at = events.index(("rename", str(final)))
     partial = str(tmp_path / ".step-00000005.partial")
     before = [path for kind, path in events[:at] if kind == "fsync"]
@@ -216,4 +217,4 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_it_counts
         map(before.index, (p for p in listed if Path(p).name in names))
     )
     assert before[-1] == partial
-    assert events[at + 1 :] == [("fsync", str(tmp_path))]
+    assert events[at + 1 :] == [("fsync", str(tmp_path)), ("acknowledged", str(final))]
