@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,16 @@ def test_an_import_has_them_and_an_export_takes_them_along_unless_it_is_cast(pro
     hf.export_hf(proved, cast, cast="bfloat16")
     values = json.loads((cast / GOLDEN).read_text("utf-8"))
     assert values["compute_dtype"] == "bfloat16"
+
+
+def test_an_import_of_large_weights_leaves_them_out_and_says_how_to_add_them(proved: Path, tmp_path: Path, monkeypatch):
+    hf.export_hf(proved, tmp_path / "hf")
+    monkeypatch.setattr(importing, "ASKED_UP_TO", 1000)
+    notices = importing.import_model(tmp_path / "hf", tmp_path / "large")
+    assert re.fullmatch(r"no golden prompts: asking .* KB of weights takes more memory .*add.* does it", notices[-1])
+    assert not (step_folder.latest(tmp_path / "large") / GOLDEN).exists()
+    assert importing.import_model(tmp_path / "hf", tmp_path / "asked", golden=True) == notices[:-1]
+    assert judged(step_folder.latest(tmp_path / "asked"))[0] == "PASS"
 
 
 def test_transformers_gives_the_golden_ids_and_logits_of_an_export(proved: Path, tmp_path: Path):

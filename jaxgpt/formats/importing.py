@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxgpt import checkpoint, step_folder, weights
+from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.checkpoint import Contents
 from jaxgpt.errors import InputError, first
@@ -28,6 +29,9 @@ from jaxgpt.vocabularies.kinds import Gpt2Encoder
 Dtype = Literal["float32", "bfloat16", "float16"]
 _WRITTEN, _HASHED, _SOURCE_READ, _READ_BACK = "written", "hashed", "source read", "read back"
 """What happens to every byte, as `Meter` counts it."""
+ASKED_UP_TO = 400_000_000
+"""Bytes of weights: beyond it asking would need much more memory than importing, for a CPU computes bfloat16 in
+float32 (988 MB of them: 1.2 GiB at the peak without, 2.7 GiB with)."""
 
 
 def import_model(
@@ -37,7 +41,7 @@ def import_model(
     cast: Dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     verify: bool = False,
-    golden: bool = True,
+    golden: bool | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Make a checkpoint of a model on disk; lines the caller should print.
@@ -48,7 +52,8 @@ def import_model(
         cast: dtype of the weights; by default those of the file's headers.
         overrides: settings that replace those of the file, e.g. `{"n_head": 12}`.
         verify: read every value back and compare its bits with the source's.
-        golden: ask the model its golden prompts, from the checkpoint as it lies on disk.
+        golden: ask the model its golden prompts, from the checkpoint as it lies on disk; by
+            default if its weights have at most `ASKED_UP_TO` bytes.
         progress: called with bytes done and bytes in all: each byte of the weights is
             written, hashed and, to verify, read from the source and from the checkpoint.
 
@@ -59,19 +64,25 @@ def import_model(
     found = read(source, overrides or {})
     params = {name: _cast(array, cast) for name, array in found.params.items()}
     stages = (_WRITTEN, _HASHED, _SOURCE_READ, _READ_BACK) if verify else (_WRITTEN, _HASHED)
-    meter = Meter(progress, sum(array.nbytes for array in params.values()), stages)
+    size = sum(array.nbytes for array in params.values())
+    meter = Meter(progress, size, stages)
     _save(_contents(source, found, params, cast), Path(out), meter)
     notices = found.notices
     del found, params  # before the checkpoint is read: a cast model would be in memory twice
     if verify:
         notices.append(_verified(source, out, cast, overrides or {}, meter))
-    if golden:
+    if golden or (golden is None and size <= ASKED_UP_TO):
         notices += _proved(Path(out))
+    elif golden is None:
+        notices.append(
+            f"no golden prompts: asking {in_bytes(size)} of weights takes more memory than an import; "
+            f"`jaxgpt.golden_prompts.add({str(out)!r})` in Python does it"
+        )
     return notices
 
 
 def _proved(out: Path) -> list[str]:
-    from jaxgpt import golden_prompts  # JAX, which files alone do not need
+    from jaxgpt import golden_prompts  # JAX's compiler, which files alone do not need
 
     notice = golden_prompts.add(out)
     return [notice] if notice else []
