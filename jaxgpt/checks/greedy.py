@@ -12,7 +12,10 @@ from jaxgpt.checks.report import CheckLine, judged, token
 from jaxgpt.lm import LM
 from jaxgpt.settings import GenerationSettings
 
-OTHER_KNOBS: dict[str, Any] = {"top_k": 3, "top_p": 0.2, "seed": 11}
+OTHER_KNOBS: dict[str, Any] = {
+    **{"top_k": 3, "top_p": 0.2, "min_p": 0.9, "seed": 11},
+    **{"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
 """Settings that greedy decoding must ignore."""
 
 
