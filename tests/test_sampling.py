@@ -250,8 +250,8 @@ def test_penalties_and_bans_of_ragged_rows_are_those_of_transformers():
     penalties = rng.choice([0.5, 1.0, 1.2, 3.0], count).tolist()
     ngrams = rng.choice([0, 1, 2, 2, 3, 4, 17, 10**6], count).tolist()
     logits = random_logits(count, 9)
-    # Beyond a row's end lie other ids, as a forgotten reply leaves them.
-    said = np.stack([np.resize([*ids, *ids[::-1]], longest) for ids in rows])
+    # Beyond a row's end lie other ids and its own, as a forgotten reply leaves them.
+    said = np.stack([np.resize([*ids, 7, 8], longest) for ids in rows])
     chosen = knobs(count, repetition_penalty=penalties, no_repeat_ngram_size=ngrams)
     ours = np.asarray(penalised(logits, chosen, history(said, [len(ids) for ids in rows])))
     theirs = [
