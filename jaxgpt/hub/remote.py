@@ -30,7 +30,7 @@ CODE = {".py", ".pyc", ".pyd", ".so", ".sh", ".bat", ".ps1", ".js", ".ipynb", ".
 """Endings of what could only be run: neither downloaded nor uploaded."""
 _HF_FILE = re.compile(
     r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
-    r"|vocab|chat_template)\.json"
+    r"|vocab|chat_template|golden)\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|merges\.txt|tokenizer\.model|chat_template\.jinja"
     r"|additional_chat_templates/[\w.-]+\.jinja|README\.md|LICENSE[\w.-]*"
 )
