@@ -284,8 +284,8 @@ def main() -> int:
     asked = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        # JAX, which is imported, has read the environment already.
-        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
         trial = Trial(Path(folder), asked.seed, asked.steps)
         trial.kills(asked.count)
     print("| SIGKILL at | kills |\n| --- | --- |")
