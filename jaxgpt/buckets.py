@@ -45,11 +45,12 @@ class Buckets:
     def programs(self) -> int:
         """Most programs that are compiled, single operations included.
 
-        For each batch two that zero what has no slots; with each cache its decode loop, two that
-        zero the cache and its ids, two that double them, and a prefill for each prompt.
+        For each batch two that zero what has no slots, four that take the knobs from the host and
+        one for each prompt; with each cache its decode loop, two that zero the cache and its ids,
+        two that double them, and a prefill for each prompt. Three make zeros of the dtypes.
         """
         caches = sum(5 + len(self.widths_in(slots)) for slots in self.slots)
-        return len(self.batches) * (2 + caches)
+        return 3 + len(self.batches) * (6 + len(self.widths) + caches)
 
     def __str__(self) -> str:
         sizes = [

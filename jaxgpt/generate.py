@@ -283,8 +283,10 @@ class Conversation:
         none = jnp.zeros(self._batch, bool)
         state = State(self.cache, self.said, self.logits, jnp.asarray(budget <= 0), jnp.asarray(budget), none)
         remaining = int(budget.max())
+        # Who watches a reply sees its first id as soon as it is drawn.
+        steps = 1 if chunk < CHUNK else CHUNK
         while remaining > 0 and not bool(np.asarray(state.done).all()):
-            steps = min(chunk, CHUNK, remaining)
+            steps = min(steps, remaining)
             self.reserve(int(self.lengths.max()) + steps)
             state, ids, logprobs = decode(
                 self.generator.config,
@@ -300,6 +302,7 @@ class Conversation:
             if bool(np.asarray(state.broken).any()):
                 raise InputError("the model's logits are NaN or infinite; run `jaxgpt inspect` on the checkpoint")
             remaining -= steps
+            steps = min(chunk, CHUNK)
             yield new
 
     def _read(self, ids: Array, logprobs: Array) -> Chunk:

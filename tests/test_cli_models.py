@@ -277,7 +277,7 @@ def test_saving_does_not_overwrite_a_file_of_the_user(
 def test_ctrl_c_stops_one_reply_and_keeps_the_conversation(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    original = Conversation.generate
+    original = Conversation.chunks
     turns: list[int] = []
 
     def interrupted(self: Conversation, *args: Any) -> Iterator[Any]:
@@ -288,7 +288,7 @@ def test_ctrl_c_stops_one_reply_and_keeps_the_conversation(
             turns[-1] += 1
             yield chunk
 
-    monkeypatch.setattr(Conversation, "generate", interrupted)
+    monkeypatch.setattr(Conversation, "chunks", interrupted)
     file = tmp_path / "talk.json"
     typed(monkeypatch, "Hi", "Go on", f"/save {file}")
     assert run("chat", models / "sft", "--max-new-tokens", 12) == 0

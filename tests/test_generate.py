@@ -129,6 +129,11 @@ def test_a_chunk_holds_at_most_its_size_and_no_placeholder_reaches_the_caller():
     assert all(len(ids) <= 4 and all(0 <= i < 131 for i in ids) for chunk in chunks for ids in chunk)
 
 
+def test_who_watches_a_reply_sees_its_first_id_before_the_others():
+    chunks = list(generator().stream([Row(prompt(5), 10, 1)], SAMPLED, 4))
+    assert [len(ids) for (ids,) in chunks] == [1, 4, 4, 1]
+
+
 def test_the_cache_has_the_compute_dtype_and_still_changes_nothing_but_rounding():
     dtype = "bfloat16"
     made = generator(dtype=dtype)
@@ -239,8 +244,8 @@ def test_a_conversation_stopped_in_the_middle_holds_exactly_what_was_seen():
     chunks = talk.generate([50], 4)
     seen = [*next(chunks)[0], *next(chunks)[0]]
     chunks.close()
-    assert talk.lengths.tolist() == [18]
-    assert seen + joined(talk.generate([12]))[0] == run(made, [Row(prompt(10), 20, 0)])[0]
+    assert talk.lengths.tolist() == [10 + 1 + 4]
+    assert seen + joined(talk.generate([12]))[0] == run(made, [Row(prompt(10), 17, 0)])[0]
 
 
 def test_a_row_cannot_append_nothing():
@@ -438,10 +443,11 @@ def test_after_warm_up_50_ragged_generations_compile_nothing_and_an_unwarmed_siz
     config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97)  # no other test's programs
     made = generator(config)
     buckets = Buckets.upto(batch=2, prompt=32, tokens=128)
-    assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 32 programs"
+    assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 47 programs"
     compiled = Compiled()
     made.warm_up(buckets)
-    # Two batches, each with two caches' two prefills and decode loop, and what single operations need.
+    # Two batches, each with two caches' two prefills and decode loop, and what single operations need
+    # that no test before this one did.
     assert 12 <= compiled.count <= buckets.programs
     compiled.count = 0
     rng = np.random.default_rng(0)
@@ -458,7 +464,7 @@ def test_after_warm_up_50_ragged_generations_compile_nothing_and_an_unwarmed_siz
         talk.forget([8 * number + 1])
     assert compiled.count == 0
     run(made, [Row([1] * 33, 5, 0)])
-    assert compiled.count == 1, "a prompt of another size is one more prefill"
+    assert 1 <= compiled.count <= 2, "a prompt of another size is one more prefill, and may be one more transfer"
     run(made, [Row([1], 5, 0)] * 3)
     assert compiled.count > 2, "and another batch more than that"
 
