@@ -98,7 +98,7 @@ class Tokenizer:
         cls,
         kind: str,
         *,
-        template: "Template",
+        template: "Template | None",
         corpus: Iterable[str] = (),
         model_vocab_size: int | None = None,
     ) -> "Tokenizer":
@@ -106,7 +106,7 @@ class Tokenizer:
 
         Args:
             kind: a key of KINDS.
-            template: its special tokens get the ids after the base vocabulary.
+            template: its special tokens get the ids after the base vocabulary; None has none.
             corpus: texts whose code points `char` knows as one id each.
             model_vocab_size: rows of an embedding that exists already; by default
                 vocab_size rounded up to a multiple of 64. Where it leaves no row for

@@ -13,6 +13,9 @@ Exit 1 where anything else happens.
     python scripts/reliability_damage.py --count 200 --seed 7
 """
 
+# A private function is what must not be reached.
+# pyright: reportPrivateUsage=false
+
 import argparse
 import collections
 import json

@@ -18,6 +18,9 @@ has imported what takes seconds to import and started nothing. Exit 1 where anyt
     python scripts/reliability_kills.py --count 20 --seed 7
 """
 
+# Private functions are where a save is interrupted.
+# pyright: reportPrivateUsage=false
+
 import argparse
 import collections
 import json
@@ -42,7 +45,7 @@ import jax
 from reliability_run import encode_text, words
 
 # `train`, for what it imports: the processes share it.
-from jaxgpt import checkpoint, cli, manifest, run_log, train  # noqa: F401
+from jaxgpt import checkpoint, cli, manifest, run_log, train  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jaxgpt.run_log import RunLog
 
 SAVE_EVERY, EVAL_EVERY = 4, 6
@@ -51,7 +54,7 @@ LONGEST_START, LONGEST_DELAY = 2.0, 0.4
 """Seconds: of starting, and of a few steps with a save."""
 LONGEST_RUN = 300
 """Seconds."""
-DIE = Callable[[], None]
+DIE = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -118,7 +119,7 @@ def terminated(moment: str, folder: Path, data: Path) -> Ending:
     settings = ["--steps", NO_LIMIT, "--epochs", NO_LIMIT, "--save-every", 5, "--eval-every", 6]
     # The validation of step 0 has the same number of batches: it is short only where it is not the moment.
     batches = 10**4 if moment == "evaluation" else 1
-    sizes = {} if moment == "evaluation" else LARGE
+    sizes: dict[str, Any] = {} if moment == "evaluation" else LARGE
     run = Run(folder, out, words(out, data, *settings, "--eval-batches", batches, **sizes))
     run.until(MOMENTS[moment])
     begun = time.monotonic()
