@@ -60,7 +60,8 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(data: Path, out: Path, init_from: str = "", **changes: object) -> PretrainSettings:
     chosen = dataclasses.replace(TRAIN, **changes)
-    return PretrainSettings(data=str(data), out=str(out), init_from=init_from, model=MODEL, train=chosen)
+    model = ModelSettings() if init_from else MODEL
+    return PretrainSettings(data=str(data), out=str(out), init_from=init_from, model=model, train=chosen)
 
 
 def refused(chosen: PretrainSettings) -> str:
@@ -135,7 +136,7 @@ def test_a_learning_rate_that_diverges_stops_the_run_and_what_was_saved_stands(d
     assert "3 steps in a row above" in text, text
     assert f"the run diverges; lower --learning-rate (it was {rate:g})" in text
     losses = [record["loss"] for record in run_log.read(tmp_path / "out") if record["event"] == "train"]
-    assert len(losses) < 12
+    assert len(losses) < 30, "long before the 120 steps asked for"
     assert step_folder.steps(tmp_path / "out")
 
 
