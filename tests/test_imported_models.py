@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-OFTEN = ("llama with biases and its own head_dim", "qwen2", "mistral with a window")
+OFTEN = ("llama with biases and its own head_dim", "qwen2")
 """Cases of `make test`; the others are exhaustive."""
 
 

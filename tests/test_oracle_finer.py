@@ -45,7 +45,7 @@ LLAMA = "llama-square-biased-tied-linear"
 """The model of its family in which the catalogue plants this fault."""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_loss_fault_below_bfloat16_is_found_in_the_loss():
     (mutant,) = (
         m
