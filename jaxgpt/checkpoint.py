@@ -1,17 +1,16 @@
 """Checkpoints: saved without stopping the run, counted once whole, checked before they are read.
 
 A step is written into `.step-00000120.partial`, hashed, forced to disk and renamed;
-only then is it acknowledged. `jaxgpt.step_folder` says what lies in it. Orbax is known
-here and nowhere else, reads nothing that was not verified before, and is imported
-where it is used: it is slow to load.
+only then is it acknowledged. `jaxgpt.step_folder` says what lies in it, and Orbax reads
+nothing that was not verified before.
+
+Of several processes the first decides, hashes and renames; all of them write arrays.
 """
 
 import errno
-import functools
 import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -22,11 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxgpt import array_files, manifest, step_folder, weights
+from jaxgpt import array_files, manifest, processes, step_folder, weights
 from jaxgpt.array_files import Header, in_bytes
 from jaxgpt.chat import Template
 from jaxgpt.config import ModelConfig
 from jaxgpt.errors import InputError
+from jaxgpt.orbax_arrays import begin as _begin_arrays
+from jaxgpt.orbax_arrays import dtype_of
+from jaxgpt.orbax_arrays import read as _read_arrays
 from jaxgpt.step_folder import DTYPES, CheckpointError, Contents, describe, latest, steps
 from jaxgpt.tokenizer import Tokenizer
 
@@ -120,11 +122,11 @@ def save(
     directory = Path(directory).absolute()
     _check(contents)
     partial = directory / f".step-{step:08d}.partial"
+    final = directory / f"step-{step:08d}"
     future: Future[Path] = Future()
     try:
-        _clean(directory)
-        _require_space(directory, contents)
         documents = step_folder.documents(step, contents, score)
+        _begin(directory, contents)
         written = _begin_arrays(partial, contents, copy)
     except Exception as error:
         future.set_exception(_not_saved(directory, step, contents, partial, error))
@@ -133,20 +135,35 @@ def save(
     def finish() -> None:
         try:
             written.result()
-            for name, text in documents.items():
-                (partial / name).write_text(text, "utf-8")
-            _seal(partial, hashed)
-            path = acknowledge(partial, directory / f"step-{step:08d}")
+            if processes.first():
+                for name, text in documents.items():
+                    (partial / name).write_text(text, "utf-8")
+                _seal(partial, hashed)
+                acknowledge(partial, final)
         except BaseException as error:
             future.set_exception(_not_saved(directory, step, contents, partial, error))
             return
         # A step that cannot be deleted is no reason to doubt the one that was saved.
         with suppress(OSError):
-            _thin(directory, step, keep)
-        future.set_result(path)
+            if processes.first():
+                _thin(directory, step, keep)
+        future.set_result(final)
 
     threading.Thread(target=finish, name=f"save step {step}").start()
     return Saving(future)
+
+
+def _begin(directory: Path, contents: Contents) -> None:
+    """What the first process does before all of them write, and what keeps all of them from it."""
+    problem = None
+    if processes.first():
+        try:
+            _clean(directory)
+            _require_space(directory, contents)
+        except OSError as error:
+            problem = error
+    if processes.any_of(problem is not None):
+        raise problem or OSError("the first process could not begin to save")
 
 
 def prepare(directory: str | Path, contents: Contents, *, saves: int, keep: int) -> None:
@@ -185,21 +202,6 @@ def _check(contents: Contents) -> None:
     for name, array in (contents.train or {}).items():
         if not array_files.NAME.fullmatch(name) or not array.size:
             raise CheckpointError(f"training state {name!r} of shape {list(array.shape)} cannot be saved")
-
-
-def _begin_arrays(partial: Path, contents: Contents, copy: bool) -> Any:
-    ocp = _orbax()
-    given = {"params": contents.params, "train": contents.train}
-    # Orbax takes no numpy scalar, which numpy makes of every 0-dimensional result.
-    trees = {
-        tree: {name: np.asarray(array) if isinstance(array, np.generic) else array for name, array in arrays.items()}
-        for tree, arrays in given.items()
-        if arrays is not None
-    }
-    context = _storage()
-    context.memory.deepcopy_host_arrays = copy
-    with context:
-        return ocp.save_checkpointables_async(partial, trees)
 
 
 def _seal(partial: Path, hashed: Callable[[int], None] | None) -> None:
@@ -302,12 +304,14 @@ def load(
     cast: Literal["float32", "bfloat16", "float16"] | None = None,
     fallback: bool = False,
     mapped: bool = False,
+    tidy: bool = True,
 ) -> Checkpoint:
     """Load a step after everything about it was checked.
 
     Args:
         directory: a run folder, or one step's folder.
         train: read the training state as well, and remove what a killed process left.
+        tidy: False leaves that, and damaged steps, to another process of the same run.
         step: which; the newest if None.
         cast: convert parameters to this dtype.
         fallback: pass over steps that fail their manifest, with a notice for each.
@@ -317,7 +321,7 @@ def load(
         CheckpointError: no such step, or one that fails a check; the file is named.
     """
     directory = Path(directory).absolute()
-    if train and steps(directory):
+    if train and tidy and steps(directory):
         _clean(directory)
     candidates = step_folder.candidates(directory, step)
     notices: list[str] = []
@@ -332,7 +336,7 @@ def load(
             remedy = "no verified step is left" if fallback else "restore it or load an older step"
             raise CheckpointError(f"{'; '.join(notices)}; {remedy}") from None
         found = _load_verified(path, name, sizes, train=train, cast=cast, mapped=mapped)
-        if train:
+        if train and tidy:
             _set_aside(candidates[:number])
         found.notices.extend(f"{notice}; using verified step {found.step}" for notice in notices)
         return found
@@ -363,7 +367,7 @@ def _load_verified(
     except InputError as error:
         raise CheckpointError(f"{name}: {error}") from None
     if cast is not None:
-        params = {key: array.astype(_dtype(cast)) for key, array in params.items()}
+        params = {key: array.astype(dtype_of(cast)) for key, array in params.items()}
     return Checkpoint(
         path=path,
         step=described.step,
@@ -412,46 +416,6 @@ def _below(tree: str, sizes: Mapping[str, int]) -> dict[str, int]:
     return {name.removeprefix(f"{tree}/"): size for name, size in sizes.items() if name.startswith(f"{tree}/")}
 
 
-# -- Orbax -----------------------------------------------------------------------------
-
-
-def _orbax() -> Any:
-    import logging
-
-    # Orbax reports on its own thread what `Saving.result` raises, and warns of storage chosen on purpose.
-    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
-    _hush_tensorstore()
-    try:
-        from orbax.checkpoint import v1 as ocp
-    except ImportError:
-        from orbax.checkpoint.experimental import v1 as ocp
-    return ocp
-
-
-@functools.cache
-def _hush_tensorstore() -> None:
-    """After an array that failed, its thread calls Orbax's closed event loop; the failure itself is raised."""
-    others = sys.unraisablehook
-
-    def hook(told: Any) -> None:
-        if told.object is not None or str(told.exc_value) != "Event loop is closed":
-            others(told)
-
-    sys.unraisablehook = hook
-
-
-def _storage() -> Any:
-    """One folder an array, uncompressed: what `array_files` can check."""
-    context = _orbax().Context()
-    saving = context.array.saving
-    saving.use_ocdbt = False
-    saving.use_zarr3 = True
-    saving.use_compression = False
-    saving.enable_write_sharding_file = False
-    saving.array_metadata_store = None
-    return context
-
-
 def _mapped(path: Path, headers: Mapping[str, Header]) -> dict[str, np.ndarray] | None:
     """Parameters as their files lie on disk; None where one is in pieces, which Orbax then puts together."""
     found: dict[str, np.ndarray] = {}
@@ -461,22 +425,3 @@ def _mapped(path: Path, headers: Mapping[str, Header]) -> dict[str, np.ndarray] 
             return None
         found[name] = array
     return found
-
-
-def _read_arrays(path: Path, tree: str, headers: Mapping[str, Header]) -> dict[str, np.ndarray]:
-    # Numpy targets: no device is touched, and 64-bit integers stay whole.
-    target = {name: np.broadcast_to(np.zeros((), _dtype(h.dtype)), h.shape) for name, h in headers.items()}
-    try:
-        with _storage():
-            loaded = _orbax().load(path, target, checkpointable_name=tree)
-    except Exception as error:
-        # What its manifest vouches for and Orbax cannot read: made by another program, or with intent.
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{tree} cannot be read ({type(error).__name__}: {reason}); restore it") from error
-    return dict(loaded)
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    import jax.numpy as jnp
-
-    return jnp.dtype(name)

@@ -65,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 a failed check or a bug, 2 input that cannot be used, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    code = _guarded(words)
+    if code and "jaxgpt.processes" in sys.modules:
+        sys.modules["jaxgpt.processes"].end(code)
+    return code
+
+
+def _guarded(words: list[str]) -> int:
     debug = "--debug" in words
     try:
         code = _run(words)

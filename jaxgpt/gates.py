@@ -15,6 +15,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, empty_batch
 from jaxgpt.errors import InputError
 from jaxgpt.loss import evaluate
+from jaxgpt.mesh import ALONE, Layout
 
 FRESH_ABOVE = 0.3
 FRESH_BELOW = 1.0
@@ -45,10 +46,10 @@ def random_batch(config: ModelConfig, rows: int, time: int) -> Batch:
     return batch
 
 
-def check_fresh(config: ModelConfig, params: model.Params, dtype: str) -> float:
+def check_fresh(config: ModelConfig, params: model.Params, dtype: str, layout: Layout = ALONE) -> float:
     """Loss of a fresh model on random ids; raises InputError unless it is within 0.3 of ln(V)."""
     time = min(config.max_position_embeddings, 128)
-    loss = evaluate(config, params, [random_batch(config, 8, time)], dtype)
+    loss = evaluate(config, params, [random_batch(config, 8, time)], dtype, layout)
     if not abs(loss - uniform(config)) <= FRESH_ABOVE:
         raise InputError(
             f"a fresh model scores {loss:.3f} on random ids, expected {uniform(config):.3f} ± {FRESH_ABOVE} "

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch
+from jaxgpt.mesh import ALONE, Layout
 
 
 def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -54,21 +55,18 @@ def masked_sum(
     return jnp.sum(losses * batch["mask"])
 
 
-def on_device(batch: Batch) -> Arrays:
-    """The batch as arrays JAX computes with."""
-    arrays: Any = batch
-    return {name: jnp.asarray(array) for name, array in arrays.items()}
+@partial(jax.jit, static_argnames=("config", "dtype", "layout"))
+def _batch_sum(config: ModelConfig, params: model.Params, batch: Arrays, dtype: str, layout: Layout) -> Array:
+    return masked_sum(config, params, batch, dtype=dtype, forward=layout.forward)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _batch_sum(config: ModelConfig, params: model.Params, batch: Arrays, dtype: str) -> Array:
-    return masked_sum(config, params, batch, dtype=dtype)
-
-
-def evaluate(config: ModelConfig, params: model.Params, batches: Iterable[Batch], dtype: str) -> float:
-    """Mean loss in nats a trained token over the batches, dropout off."""
+def evaluate(
+    config: ModelConfig, params: model.Params, batches: Iterable[Batch], dtype: str, layout: Layout = ALONE
+) -> float:
+    """Mean loss in nats a trained token over the batches, dropout off; `layout` is that of `params`."""
     total = count = 0.0
     for batch in batches:
-        total += float(_batch_sum(config, params, on_device(batch), dtype))
+        arrays: Any = batch
+        total += float(_batch_sum(config, params, layout.rows(arrays), dtype, layout))
         count += float(np.sum(batch["mask"]))
     return total / count if count else float("nan")

@@ -119,25 +119,28 @@ def forward(
         rng: turns dropout on (training).
         remat: recompute each layer's activations in the backward pass; taps of layers are then not returned.
         fused_attention: use the fused kernel; see `taps.INTERNAL_TO_FUSED_ATTENTION`.
-        replace: ops to run instead of ours; feed: values to put in place of taps.
+        replace: ops to run instead of ours; feed: values to put in place of taps, not with remat.
     """
     rates = config.embd_pdrop + config.attn_pdrop + config.resid_pdrop
     wiring = Wiring(dropout=rng is not None and rates > 0, fused_attention=fused_attention)
     values = uncached_inputs(ids, positions, segments) | ({"rng": rng} if wiring.dropout else {})
     if remat:
-        return _forward_remat(config, params, values, wiring)
+        return _forward_remat(config, params, values, wiring, replace)
     ops = taps.ops(config, wiring)
     values = run(config, params, ops, values, replace=replace, feed=feed)
     return Output(values["logits"], {op.tap: values[op.tap] for op in ops})
 
 
-def _forward_remat(config: ModelConfig, params: Params, values: Values, wiring: Wiring) -> Output:
-    values = run(config, params, tuple(taps.embedding_ops(config, wiring)), values)
+def _forward_remat(
+    config: ModelConfig, params: Params, values: Values, wiring: Wiring, replace: Replacements
+) -> Output:
+    values = run(config, params, tuple(taps.embedding_ops(config, wiring)), values, replace=replace)
     for layer in range(config.num_hidden_layers):
         ops = tuple(taps.layer_ops(config, layer, wiring))
         own = {name: array for name, array in params.items() if name.startswith(f"layers.{layer}.")}
-        values[ops[-1].tap] = jax.checkpoint(partial(_layer, config, ops))(own, _layer_inputs(values, ops, layer))
-    values = run(config, params, tuple(taps.head_ops(config)), values)
+        run_layer = jax.checkpoint(partial(_layer, config, ops, replace))
+        values[ops[-1].tap] = run_layer(own, _layer_inputs(values, ops, layer))
+    values = run(config, params, tuple(taps.head_ops(config)), values, replace=replace)
     return Output(values["logits"], {})
 
 
@@ -150,8 +153,8 @@ def _layer_inputs(values: Values, ops: tuple[Op, ...], layer: int) -> Values:
     return inputs
 
 
-def _layer(config: ModelConfig, ops: tuple[Op, ...], params: Params, values: Values) -> Array:
-    return run(config, params, ops, values)[ops[-1].tap]
+def _layer(config: ModelConfig, ops: tuple[Op, ...], replace: Replacements, params: Params, values: Values) -> Array:
+    return run(config, params, ops, values, replace=replace)[ops[-1].tap]
 
 
 def cached_inputs(config: ModelConfig, ids: Int[Array, "B T"], counts: Int[Array, "B"], cache: KVCache) -> Values:
@@ -257,9 +260,9 @@ def _initial_scale(config: ModelConfig, name: str) -> float:
     return config.initializer_range * ((2 * config.num_hidden_layers) ** -0.5 if ends_branch else 1.0)
 
 
-def init(config: ModelConfig, seed: int) -> dict[str, Array]:
-    """Fresh float32 parameters."""
-    return jax.jit(lambda: Transformer(config, nnx.Rngs(seed)).params())()
+def init(config: ModelConfig, seed: int, placed: Mapping[str, Any] | None = None) -> dict[str, Array]:
+    """Fresh float32 parameters, the same wherever their shardings (`placed`) put them."""
+    return jax.jit(lambda: Transformer(config, nnx.Rngs(seed)).params(), out_shardings=placed)()
 
 
 def cast(params: Mapping[str, Any], dtype: Any) -> dict[str, Array]:

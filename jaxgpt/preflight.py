@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import device, device_memory, flops, gates, out_of_memory
+from jaxgpt import device, device_memory, flops, gates, out_of_memory, processes
 from jaxgpt.array_files import in_bytes
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, Batches, empty_batch
 from jaxgpt.errors import InputError
 from jaxgpt.loss import evaluate
+from jaxgpt.mesh import ALONE, Layout
 from jaxgpt.settings import TrainSettings
 from jaxgpt.train_step import TrainState, stacked, train_step
 
@@ -41,6 +42,7 @@ class Preflight:
     """What a run would take. Sizes in bytes, times in seconds, losses in nats a token."""
 
     device: str
+    """Several with their number and mesh."""
     compute_dtype: str
     parameters: int
     steps: int
@@ -124,15 +126,17 @@ LAST_REMEDY = "not even one row at a time fits: shorten --sequence-length, or ch
 # -- Memory ----------------------------------------------------------------------------
 
 
-def check_size(config: ModelConfig) -> None:
+def check_size(config: ModelConfig, shards: int = 1) -> None:
     """Refuse weights that this device could never train, before it is brought to its knees by them.
+
+    `shards` is how many accelerators split each weight; CPU devices share one memory.
 
     Raises:
         InputError: with what is needed at least, and what there is.
     """
     one, two = (flops.parameter_count(dataclasses.replace(config, num_hidden_layers=n)) for n in (1, 2))
     parameters = one + (two - one) * (config.num_hidden_layers - 1)
-    needed, total = LEAST_BYTES * parameters, device_memory.total()
+    needed, total = LEAST_BYTES * parameters // shards, device_memory.total()
     if needed > total:
         raise InputError(
             f"training {parameters:,} parameters needs at least {in_bytes(needed)} ({LEAST_BYTES} bytes each), "
@@ -140,15 +144,19 @@ def check_size(config: ModelConfig) -> None:
         )
 
 
-def step_bytes(config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState) -> int | None:
+def step_bytes(
+    config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState, layout: Layout = ALONE
+) -> int | None:
     """What one step takes beside the state: its batches, and XLA's temporaries and new outputs.
 
-    None where the compiler ran out of memory. The state is not touched: only its shapes are read.
+    Of one accelerator, or of all a process's CPU devices, which share its memory. None where the compiler
+    ran out of memory. The state is not touched: only its shapes are read.
     """
-    shapes: Any = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    batches = _batch_shapes(settings)
+    shapes: Any = jax.tree.map(lambda a: _shape(a.shape, a.dtype, a.sharding if layout.mesh else None), state)
+    batches = _batch_shapes(settings, layout)
     try:
-        found: Any = train_step.lower(config, settings, dtype, shapes, batches).compile().memory_analysis()
+        lowered = train_step.lower(config, settings, dtype, shapes, batches, layout=layout)
+        found: Any = lowered.compile().memory_analysis()
     except Exception as error:
         if out_of_memory.means(error):
             return None
@@ -156,7 +164,12 @@ def step_bytes(config: ModelConfig, settings: TrainSettings, dtype: str, state: 
     batch_bytes = sum(array.size * array.dtype.itemsize for array in batches.values())
     # Outputs that take the place of donated arguments need no memory of their own.
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return batch_bytes + found.temp_size_in_bytes + outputs + found.generated_code_size_in_bytes
+    sharing = layout.local_devices if jax.default_backend() == "cpu" else 1
+    return batch_bytes + sharing * (found.temp_size_in_bytes + outputs) + found.generated_code_size_in_bytes
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _saved_bytes(settings: TrainSettings, state: TrainState) -> int:
@@ -167,15 +180,22 @@ def _saved_bytes(settings: TrainSettings, state: TrainState) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-def _batch_shapes(settings: TrainSettings) -> dict[str, Any]:
-    """Like `train_step.stacked` of a step's micro-batches: (A, B, T)."""
+def _batch_shapes(settings: TrainSettings, layout: Layout) -> dict[str, Any]:
+    """Like `train_step.stacked` of a step's micro-batches, (A, B, T), where the layout puts them."""
     shape = (settings.accumulate, settings.batch_size, settings.sequence_length)
     arrays: Any = empty_batch(1, 1)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.asarray(array).dtype) for name, array in arrays.items()}
+    placed = layout.row_sharding(shape, axis=1)
+    return {name: _shape(shape, jnp.asarray(array).dtype, placed) for name, array in arrays.items()}
 
 
 def smaller_step(
-    config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState, needed: int | None, room: int
+    config: ModelConfig,
+    settings: TrainSettings,
+    dtype: str,
+    state: TrainState,
+    needed: int | None,
+    room: int,
+    layout: Layout = ALONE,
 ) -> TrainSettings | None:
     """The largest micro-batch of the same step that fits into `room` bytes; with remat only if none does without."""
     # XLA's CPU compiler merges what is computed again with what was computed before: remat saves nothing there.
@@ -185,11 +205,11 @@ def smaller_step(
         per_row = (needed or 0) / settings.batch_size if same else 0.0
         for size in range(settings.batch_size - same, 0, -1):
             # A step takes at least its share of what a larger one does: those far too large need no compiling.
-            if settings.batch_size % size or per_row * size > room:
+            if settings.batch_size % size or size % layout.row_shards or per_row * size > room:
                 continue
             accumulate = settings.accumulate * settings.batch_size // size
             chosen = dataclasses.replace(settings, batch_size=size, accumulate=accumulate, remat=remat)
-            taken = step_bytes(config, chosen, dtype, state)
+            taken = step_bytes(config, chosen, dtype, state, layout)
             if taken is not None and taken <= room:
                 return chosen
             per_row = (taken or 0) / size
@@ -206,7 +226,14 @@ def flags(settings: TrainSettings) -> str:
 
 
 def look(
-    config: ModelConfig, settings: TrainSettings, dtype: str, state: TrainState, batches: Batches, *, draw: bool
+    config: ModelConfig,
+    settings: TrainSettings,
+    dtype: str,
+    state: TrainState,
+    batches: Batches,
+    layout: Layout = ALONE,
+    *,
+    draw: bool,
 ) -> Preflight:
     """Compile the step and say what the run takes; nothing is trained, and `batches` stays where it is.
 
@@ -216,12 +243,13 @@ def look(
     count = flops.parameter_count(config)
     rows = settings.steps * settings.accumulate * settings.batch_size
     first = upcoming(batches)
-    taken = step_bytes(config, settings, dtype, state)
+    taken = step_bytes(config, settings, dtype, state, layout)
     saved = _saved_bytes(settings, state)
     # Only now: compiling takes memory, too, and does not give all of it back.
-    used, free = device_memory.used(), device_memory.free()
+    # Processes decide alike: by the one with the least room.
+    used, free = int(max(processes.gathered(device_memory.used()))), int(min(processes.gathered(device_memory.free())))
     found = Preflight(
-        device=device.describe(),
+        device=layout.describe(),
         compute_dtype=dtype,
         parameters=count,
         steps=settings.steps - int(state.step),
@@ -240,8 +268,8 @@ def look(
         uniform_loss=gates.uniform(config),
     )
     if found.fits:
-        return dataclasses.replace(found, first_loss=evaluate(config, state.params, [first], dtype))
-    chosen = smaller_step(config, settings, dtype, state, taken, free - saved)
+        return dataclasses.replace(found, first_loss=evaluate(config, state.params, [first], dtype, layout))
+    chosen = smaller_step(config, settings, dtype, state, taken, free - saved, layout)
     return dataclasses.replace(found, smaller=flags(chosen) if chosen else None)
 
 
@@ -276,12 +304,14 @@ def timed(
     state: TrainState,
     micro: Sequence[Batch],
     held_out: Sequence[Batch],
+    layout: Layout = ALONE,
 ) -> Preflight:
     """With the time of a step and of the whole run, from steps that are really taken; `state` is used up."""
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        state, report = train_step(config, settings, found.compute_dtype, state, stacked(micro))
+        placed = layout.rows(stacked(micro), axis=1)
+        state, report = train_step(config, settings, found.compute_dtype, state, placed, layout=layout)
         jax.block_until_ready(report)
         seconds = time.perf_counter() - started
         if seconds > LONG_STEP:
@@ -290,7 +320,7 @@ def timed(
     validating = 0.0
     if held_out:
         started = time.perf_counter()
-        evaluate(config, state.params, held_out[:1], found.compute_dtype)
+        evaluate(config, state.params, held_out[:1], found.compute_dtype, layout)
         validating = validations * len(held_out) * (time.perf_counter() - started)
     return dataclasses.replace(found, seconds_per_step=seconds, seconds_to_finish=found.steps * seconds + validating)
 

@@ -15,8 +15,10 @@ class RunLock:
     folder would delete each other's unfinished saves and mix their logs.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, wanted: bool = True):
+        """`wanted` is False in processes that leave all writing to another of their run."""
         self.folder = Path(folder)
+        self._wanted = wanted
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -35,7 +37,7 @@ class RunLock:
         Raises:
             InputError: another run holds it.
         """
-        if self._descriptor is not None:
+        if self._descriptor is not None or not self._wanted:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder, os.O_RDONLY)

@@ -91,6 +91,25 @@ def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class NoLog:
+    """What a process says that leaves the log to another of its run: nothing."""
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Nothing is written."""
+
+    def sync(self) -> None:
+        """There is nothing to force to disk."""
+
+    def say(self, text: str) -> None:
+        """Nothing is said."""
+
+    def advance(self, step: int, summary: str, *, line: bool) -> None:
+        """There is no bar."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class _Progress:
     """A rich progress bar on stderr."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jaxgpt.errors import InputError
 from jaxgpt.generation_settings import GenerationSettings
+from jaxgpt.parallel_settings import MeshSettings, ProcessSettings
 
 Device = Literal["auto", "cpu", "gpu"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -142,6 +143,8 @@ class PretrainSettings:
     """say what the run would take (memory, time, first loss) and end; writes nothing but compiled programs"""
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
+    mesh: MeshSettings = field(default=MeshSettings())
+    processes: ProcessSettings = field(default=ProcessSettings())
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ class SFTSettings:
     pack: bool = True
     """several episodes in a row, without attention between them"""
     train: TrainSettings = TrainSettings(learning_rate=3e-4, weight_decay=0.0, epochs=1000, eval_every=50)
+    mesh: MeshSettings = field(default=MeshSettings())
+    processes: ProcessSettings = field(default=ProcessSettings())
 
 
 # -- What verbs of the command line are told -------------------------------------------

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxgpt import checkpoint, device, field_checks, model, preflight
+from jaxgpt import checkpoint, device, field_checks, mesh, model, preflight, processes
 from jaxgpt.chat import PLAIN, TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
@@ -15,6 +16,8 @@ from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
 from jaxgpt.formats.hf_settings import LINEAGE
+from jaxgpt.mesh import Layout
+from jaxgpt.parallel_settings import MeshSettings
 from jaxgpt.preflight import Preflight
 from jaxgpt.presets import PRESETS
 from jaxgpt.run_lock import RunLock
@@ -30,7 +33,7 @@ def pretrain(settings: PretrainSettings) -> TrainResult:
     Raises:
         InputError: settings, data or model that do not fit together; before anything is written.
     """
-    with RunLock(_given("--out", settings.out)) as lock:
+    with _writing(settings) as lock:
         return Loop(_pretraining(settings), lock).run()
 
 
@@ -42,8 +45,9 @@ def dry_run(settings: PretrainSettings | SFTSettings) -> Preflight:
     Raises:
         InputError: as the run would, unless memory alone is wanting: see `Preflight.fits`.
     """
-    run = _pretraining(settings) if isinstance(settings, PretrainSettings) else _fine_tuning(settings)
-    return Loop(run, RunLock(settings.out)).dry_run()
+    with processes.joined(settings.processes):
+        run = _pretraining(settings) if isinstance(settings, PretrainSettings) else _fine_tuning(settings)
+        return Loop(run, RunLock(settings.out)).dry_run()
 
 
 def _pretraining(settings: PretrainSettings) -> Run:
@@ -62,12 +66,7 @@ def _pretraining(settings: PretrainSettings) -> Run:
     source = resumed or (checkpoint.load(settings.init_from) if settings.init_from else None)
     if source is not None:
         _same_tokenizer(source, tokenizer)
-        preflight.check_size(source.config)
-        config, params = source.config, source.params
-    else:
-        config = model_config(settings.model, tokenizer.model_vocab_size)
-        preflight.check_size(config)
-        params = model.init(config, settings.train.seed)
+    config = source.config if source else model_config(settings.model, tokenizer.model_vocab_size)
     train = settings.train
     _fits_context(config, train)
     _sample_fits(config, tokenizer, train)
@@ -77,6 +76,8 @@ def _pretraining(settings: PretrainSettings) -> Run:
         return PretrainBatches(shards, train.batch_size, train.sequence_length, train.seed, train.epochs)
 
     batches, train = _batches(windows, train, notices, resumed)
+    layout = _layout(settings, config, train, notices)
+    params = source.params if source else model.init(config, train.seed, layout.parameters(config))
     held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
     if held_out:
         held_out.verify()
@@ -90,6 +91,7 @@ def _pretraining(settings: PretrainSettings) -> Run:
         template=shards.template(),
         batches=batches,
         held_out=_validation(held_out, train) if held_out else [],
+        layout=layout,
         fresh=source is None,
         origin={"command": "pretrain", "settings": _kept(settings, train)},
         parent=settings.init_from or None,
@@ -105,8 +107,16 @@ def sft(settings: SFTSettings) -> TrainResult:
     Raises:
         InputError: settings, data or model that do not fit together; before anything is written.
     """
-    with RunLock(_given("--out", settings.out)) as lock:
+    with _writing(settings) as lock:
         return Loop(_fine_tuning(settings), lock).run()
+
+
+@contextmanager
+def _writing(settings: PretrainSettings | SFTSettings) -> Generator[RunLock]:
+    """One process, or several with one that writes, and the lock of the run folder."""
+    out = _given("--out", settings.out)
+    with processes.joined(settings.processes), RunLock(out, wanted=processes.first()) as lock:
+        yield lock
 
 
 def _fine_tuning(settings: SFTSettings) -> Run:
@@ -126,7 +136,7 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         return EpisodeBatches(training, size, length, train.seed, train.epochs, packed=settings.pack)
 
     batches, train = _batches(rows, train, notices, resumed)
-    preflight.check_size(source.config)
+    layout = _layout(settings, source.config, train, notices)
     return Run(
         out=Path(settings.out),
         settings=train,
@@ -137,6 +147,7 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         template=template.as_trained(),
         batches=batches,
         held_out=_validation(held_out, train) if held_out.episodes else [],
+        layout=layout,
         fresh=False,
         origin={"command": "sft", "settings": _kept(settings, train), "episodes": str(training)},
         parent=settings.model,
@@ -154,9 +165,14 @@ def _lineage(source: Checkpoint | None) -> dict[str, Any]:
 
 
 def _kept(settings: PretrainSettings | SFTSettings, train: TrainSettings) -> dict[str, Any]:
-    """What `resume` starts from: the batch as it was lowered to the data, all else as it was asked for."""
+    """What `resume` starts from: the batch as it was lowered to the data, all else as it was asked for.
+
+    Not which process this was: that may change.
+    """
     asked = dataclasses.replace(settings.train, batch_size=train.batch_size)
-    return dataclasses.asdict(dataclasses.replace(settings, train=asked))
+    kept = dataclasses.asdict(dataclasses.replace(settings, train=asked))
+    del kept["processes"]
+    return kept
 
 
 # -- Putting a run together ------------------------------------------------------------
@@ -207,17 +223,38 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
         return settings, None
     if not steps(_given("--out", out)):
         raise InputError(f"{out} holds no saved step to go on from; start the run without --resume")
-    found = checkpoint.load(out, train=True, fallback=True)
+    found = _newest(out)
     if found.train is None or found.train_json is None:
         raise InputError(f"{out} has no training state to resume; start from it with --init-from")
     origin = found.train_json["origin"]
     if origin["command"] != command:
         raise InputError(f"{out} was written by {origin['command']}; resume it with that command")
-    values: dict[str, Any] = {**origin["settings"], "out": out, "resume": True}
+    values: dict[str, Any] = {**origin["settings"], "out": out, "resume": True, "processes": settings.processes}
     values["train"] = TrainSettings(**values["train"])
+    # Runs of before there were meshes say nothing of one. Another mesh makes the same updates.
+    kept = MeshSettings(**values.get("mesh", {}))
+    values["mesh"] = kept if settings.mesh == MeshSettings() else settings.mesh
     if isinstance(settings, PretrainSettings):
         values["model"] = ModelSettings(**values["model"])
     return type(settings)(**values), found
+
+
+def _newest(out: str) -> Checkpoint:
+    """The newest verified step, which the first process chooses, and puts in order what is damaged."""
+    if processes.first():
+        found = checkpoint.load(out, train=True, fallback=True)
+        processes.told_by_first(found.step)
+        return found
+    return checkpoint.load(out, train=True, tidy=False, step=int(processes.told_by_first(0)))
+
+
+def _layout(
+    settings: PretrainSettings | SFTSettings, config: ModelConfig, train: TrainSettings, notices: list[str]
+) -> Layout:
+    """The mesh, for a model that can be trained on it."""
+    layout = mesh.layout(settings.mesh, config, train.batch_size, notices)
+    preflight.check_size(config, layout.parameter_shards)
+    return layout
 
 
 def _same_tokenizer(source: Checkpoint, tokenizer: Tokenizer) -> None:

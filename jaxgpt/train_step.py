@@ -18,6 +18,7 @@ from jaxgpt import model
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch
 from jaxgpt.loss import Arrays, masked_sum
+from jaxgpt.mesh import ALONE, Layout
 from jaxgpt.optimizer import optimizer, schedule
 from jaxgpt.settings import TrainSettings
 
@@ -47,38 +48,42 @@ class StepReport(NamedTuple):
     """False where the loss or gradient was not finite."""
 
 
-def initial_state(params: Mapping[str, Any], settings: TrainSettings) -> TrainState:
-    """State before the first step, in float32."""
+def initial_state(params: Mapping[str, Any], settings: TrainSettings, layout: Layout = ALONE) -> TrainState:
+    """State before the first step, in float32, where the layout has it."""
     # A copy: the first step donates the state's buffers.
-    master = {name: jnp.array(array, jnp.float32) for name, array in params.items()}
+    master = {name: jnp.array(array, jnp.float32) for name, array in layout.place(params).items()}
     rng = jax.random.key_data(jax.random.key(settings.seed))
-    return TrainState(master, optimizer(settings).init(master), jnp.int32(0), rng)
+    return layout.spread(TrainState(master, optimizer(settings).init(master), jnp.int32(0), rng))
 
 
-def stacked(batches: Sequence[Batch]) -> Arrays:
-    """Micro-batches as arrays (A, B, T)."""
+def stacked(batches: Sequence[Batch]) -> Mapping[str, Any]:
+    """Micro-batches as NumPy arrays (A, B, T)."""
     dicts: Any = batches
-    return {name: jnp.asarray(np.stack([batch[name] for batch in dicts])) for name in dicts[0]}
+    return {name: np.stack([batch[name] for batch in dicts]) for name in dicts[0]}
 
 
-@partial(jax.jit, static_argnames=("config", "settings", "dtype", "forward"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "settings", "dtype", "forward", "layout"), donate_argnames="state")
 def train_step(
     config: ModelConfig,
     settings: TrainSettings,
     dtype: str,
     state: TrainState,
     batches: Arrays,
-    forward: model.ForwardPass = model.forward,
+    forward: model.ForwardPass | None = None,
+    layout: Layout = ALONE,
 ) -> tuple[TrainState, StepReport]:
-    """One update from `batches`, arrays (A, B, T): the same as from one batch of A·B rows."""
-    loss, gradients = mean_gradients(config, settings, dtype, state, batches, forward)
+    """One update from `batches`, arrays (A, B, T): the same as from one batch of A·B rows.
+
+    The state lies as `layout` has it, and the new one too; `forward` is the pass that is trained, its own unless given.
+    """
+    loss, gradients = mean_gradients(config, settings, dtype, state, batches, forward, layout)
     grad_norm = optax.tree.norm(gradients)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, moments = optimizer(settings).update(gradients, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = partial(jnp.where, applied)
     new = TrainState(
-        params=jax.tree.map(keep, params, state.params),
+        params=layout.at_rest(jax.tree.map(keep, params, state.params)),
         moments=jax.tree.map(keep, moments, state.moments),
         step=state.step + 1,
         rng=state.rng,
@@ -102,11 +107,13 @@ def mean_gradients(
     dtype: str,
     state: TrainState,
     batches: Arrays,
-    forward: model.ForwardPass = model.forward,
+    forward: model.ForwardPass | None = None,
+    layout: Layout = ALONE,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean loss a trained token over all micro-batches, and its gradient."""
     count = jnp.maximum(batches["mask"].sum(), 1.0)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    forward = forward or layout.forward
 
     def micro(total: tuple[Array, dict[str, Array]], item: tuple[Array, Arrays]) -> tuple[Any, None]:
         number, batch = item
@@ -117,7 +124,7 @@ def mean_gradients(
             return summed / count
 
         value, gradients = jax.value_and_grad(loss)(state.params)
-        return (total[0] + value, jax.tree.map(jnp.add, total[1], gradients)), None
+        return (total[0] + value, jax.tree.map(jnp.add, total[1], layout.at_rest(gradients))), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     numbers = jnp.arange(batches["ids"].shape[0])

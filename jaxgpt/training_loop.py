@@ -9,31 +9,42 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import signal
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxgpt
-from jaxgpt import checkpoint, device, device_memory, flops, gates, generate, golden_prompts, model, preflight, run_log
+from jaxgpt import (
+    checkpoint,
+    device,
+    device_memory,
+    flops,
+    gates,
+    generate,
+    golden_prompts,
+    model,
+    preflight,
+    processes,
+    run_log,
+)
 from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import Template
 from jaxgpt.checkpoint import Checkpoint, CheckpointError, Saving
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, Batches, DataEnded
 from jaxgpt.errors import InputError
-from jaxgpt.loss import Arrays, evaluate
+from jaxgpt.loss import evaluate
+from jaxgpt.mesh import Layout
 from jaxgpt.preflight import Preflight
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import GenerationSettings, TrainSettings
 from jaxgpt.step_folder import Contents
+from jaxgpt.stop_signals import StopSignals
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.train_step import TrainState, initial_state, stacked, train_step
 
@@ -75,6 +86,8 @@ class Run:
     template: Template | None
     batches: Batches
     held_out: Sequence[Batch]
+    layout: Layout
+    """Where parameters and rows lie; `params` are whole, or lie there already."""
     fresh: bool
     """The weights are new: the first loss must be near ln(vocab)."""
     origin: dict[str, Any]
@@ -97,7 +110,7 @@ class Loop:
         self.settings = run.settings
         self.dtype = self._compute_dtype()
         self._check_data()
-        self.state = initial_state(run.params, run.settings)
+        self.state = initial_state(run.params, run.settings, run.layout)
         self.tokens = 0
         self.skipped = 0
         self.best: float | None = None
@@ -111,7 +124,7 @@ class Loop:
         self.pending: Saving | None = None
         self.failure: CheckpointError | None = None
         """Why the newest save came to nothing."""
-        self.stopped = _Stopped()
+        self.stops = StopSignals()
         self.divergence = gates.Divergence(run.config, run.settings.learning_rate)
         if run.resumed:
             self._restore(run.resumed)
@@ -136,7 +149,8 @@ class Loop:
         ]
         if wrong or len(saved) != len(names):
             raise InputError(f"the optimizer state of {resumed.path} is another optimizer's ({wrong[:1]})")
-        moments, step, rng = jax.tree.unflatten(structure, [jnp.asarray(saved[n]) for n in names])
+        placed = [self.r.layout.like(saved[n], leaf) for n, (_, leaf) in zip(names, leaves, strict=True)]
+        moments, step, rng = jax.tree.unflatten(structure, placed)
         self.state = TrainState(self.state.params, moments, step, rng)
         progress: Any = resumed.train_json
         self.r.batches.seek(progress["position"])
@@ -155,14 +169,16 @@ class Loop:
         before = device_memory.peak()
         self.lock.acquire()
         self._prepare(step)
-        self.log = run_log.RunLog(self.r.out, self.settings.steps, resumed_at=step if self.r.resumed else None)
+        resumed_at = step if self.r.resumed else None
+        first = processes.first()
+        self.log = run_log.RunLog(self.r.out, self.settings.steps, resumed_at=resumed_at) if first else run_log.NoLog()
         try:
-            with _signals(self.stopped):
+            with self.stops.watched():
                 self._announce(step)
                 reason = self._steps(step)
                 self._finish(int(self.state.step))
             peak = self._peak(before)
-            if reason != "signal":  # who sends one does not wait
+            if first and reason != "signal":  # who sends one does not wait
                 self._prove()
             self.log.write("end", int(self.state.step), reason=reason, memory_peak=peak)
         finally:
@@ -193,11 +209,13 @@ class Loop:
             return found
         self._gate(step)
         micro = [self._next(step) for _ in range(self.settings.accumulate)]
-        return preflight.timed(found, self.r.config, self.settings, self.state, micro, self.r.held_out)
+        return preflight.timed(found, self.r.config, self.settings, self.state, micro, self.r.held_out, self.r.layout)
 
     def _look(self) -> Preflight:
         draw = self.r.stage == "sft"
-        return preflight.look(self.r.config, self.settings, self.dtype, self.state, self.r.batches, draw=draw)
+        return preflight.look(
+            self.r.config, self.settings, self.dtype, self.state, self.r.batches, self.r.layout, draw=draw
+        )
 
     def _peak(self, before: int) -> int | None:
         """Most memory in use since the run began; said where the estimate was wrong by more than a quarter."""
@@ -213,11 +231,12 @@ class Loop:
         if self.r.resumed or step:
             return
         if self.r.fresh:
-            gates.check_fresh(self.r.config, self.state.params, self.dtype)
+            gates.check_fresh(self.r.config, self.state.params, self.dtype, self.r.layout)
             return
         sample = list(self.r.held_out[:4]) or [preflight.upcoming(self.r.batches)]
         new = range(self.r.tokenizer.base_vocab_size, self.r.tokenizer.vocab_size)
-        loss = evaluate(self.r.config, self.state.params, gates.known_targets(sample, new), self.dtype)
+        known = gates.known_targets(sample, new)
+        loss = evaluate(self.r.config, self.state.params, known, self.dtype, self.r.layout)
         gates.check_loaded(self.r.config, loss, accept=self.settings.accept_loss)
 
     def _announce(self, step: int) -> None:
@@ -235,7 +254,8 @@ class Loop:
         self.log.write(
             "start",
             step,
-            device=device.describe(),
+            device=self.r.layout.describe(),
+            processes=processes.count(),
             backend=jax.default_backend(),
             compute_dtype=self.dtype,
             parameters=found.parameters,
@@ -247,21 +267,21 @@ class Loop:
         self.log.write("preflight", step, **dataclasses.asdict(found))
 
     def _steps(self, step: int) -> str:
-        pace = _Pace(self.r.config, self.settings)
+        pace = _Pace(self.r.config, self.settings, self.r.layout.devices)
         if self._owes_validation(step) and self._validate(step):
             return "patience"
-        while step < self.settings.steps and not self.stopped.by:
+        while step < self.settings.steps and not self.stops.told():
             self._step(step, pace)
             step += 1
             self._settle(wait=False)
             if self._owes_validation(step) and self._validate(step):
                 return "patience"
-            if self.settings.sample_every and step % self.settings.sample_every == 0 and not self.stopped.by:
+            if self.settings.sample_every and step % self.settings.sample_every == 0 and not self.stops.told():
                 self._sample(step)
             if self.settings.save_every and step % self.settings.save_every == 0 and step < self.settings.steps:
                 self._save(step)
-        if self.stopped.by and (step < self.settings.steps or self._owes_validation(step)):
-            self.log.say(f"{self.stopped.by} received; saving step {step}")
+        if self.stops.told() and (step < self.settings.steps or self._owes_validation(step)):
+            self.log.say(f"{self.stops.by} received; saving step {step}")
             return "signal"
         return "steps"
 
@@ -273,7 +293,8 @@ class Loop:
         started = time.monotonic()
         micro = [self._next(step) for _ in range(self.settings.accumulate)]
         batches = stacked(micro)
-        self.state, report = train_step(self.r.config, self.settings, self.dtype, self.state, batches)
+        layout, placed = self.r.layout, self.r.layout.rows(batches, axis=1)
+        self.state, report = train_step(self.r.config, self.settings, self.dtype, self.state, placed, layout=layout)
         self.loss = float(report.loss)
         number = step + 1
         if step == 0 and self.r.fresh and bool(report.applied):
@@ -309,12 +330,13 @@ class Loop:
         except DataEnded as ended:
             raise ended.at_step(step, self.settings.steps) from None
 
-    def _skip(self, step: int, batches: Arrays) -> None:
+    def _skip(self, step: int, batches: Mapping[str, np.ndarray]) -> None:
         self.skipped += 1
         path = self.r.out / f"bad-batch-{step:08d}.npz"
-        arrays: Any = {name: np.asarray(array) for name, array in batches.items()}
+        arrays: Any = batches
         try:
-            np.savez(path, **arrays)
+            if processes.first():
+                np.savez(path, **arrays)
             kept = "batch saved"
         except OSError as error:
             kept = f"batch not saved ({error.strerror})"
@@ -330,9 +352,9 @@ class Loop:
 
         A signal cuts it short, and the run that goes on from here begins with it.
         """
-        batches = itertools.takewhile(lambda _: not self.stopped.by, self.r.held_out)
-        loss = evaluate(self.r.config, self.state.params, batches, self.dtype)
-        if self.stopped.by:
+        batches = itertools.takewhile(lambda _: not self.stops.told(), self.r.held_out)
+        loss = evaluate(self.r.config, self.state.params, batches, self.dtype, self.r.layout)
+        if self.stops.told():
             return False
         finite = math.isfinite(loss)
         # A NaN would be the best ever seen, and JSON has none: the step could not be saved.
@@ -349,7 +371,9 @@ class Loop:
         return False
 
     def _sample(self, step: int) -> None:
-        cast = model.cast(self.state.params, self.dtype)
+        cast = self.r.layout.local(model.cast(self.state.params, self.dtype))
+        if not processes.first():
+            return
         tokenizer = self.r.tokenizer
         generator = generate.Generator(
             self.r.config, cast, real_ids=tokenizer.vocab_size, stop_ids=tokenizer.stop_ids, dtype=self.dtype
@@ -363,7 +387,7 @@ class Loop:
 
     def _prepare(self, step: int) -> None:
         """Refuse, before the first step, a disk on which the saves of this run can only fail."""
-        if step < self.settings.steps:
+        if step < self.settings.steps and processes.first():
             remaining = self.settings.steps - step
             saves = -(-remaining // self.settings.save_every) if self.settings.save_every else 1
             checkpoint.prepare(self.r.out, self._contents(), saves=saves, keep=self.settings.keep)
@@ -391,12 +415,12 @@ class Loop:
         )
 
     def _finish(self, step: int) -> None:
-        """The newest state is on disk, or it is an error."""
-        if self.saved != step or self.failure:
+        """The newest state is on disk, or it is an error; only the first process knows of either."""
+        if processes.any_of(self.saved != step or self.failure is not None):
             self._save(step)
         self._settle()
-        if self.failure:
-            raise self.failure
+        if processes.any_of(self.failure is not None):
+            raise self.failure or CheckpointError(f"step {step} was not saved: see the first process")
 
     def _prove(self) -> None:
         """Give the last step its golden prompts."""
@@ -446,10 +470,11 @@ def _digest(batches: Sequence[Batch]) -> str:
 class _Pace:
     """Tokens per second and MFU of a step; the first one also compiles."""
 
-    def __init__(self, config: ModelConfig, settings: TrainSettings):
+    def __init__(self, config: ModelConfig, settings: TrainSettings, devices: int):
         processed = settings.batch_size * settings.accumulate * settings.sequence_length
         self.flops = processed * flops.flops_per_token(config, settings.sequence_length)
-        self.peak = flops.peak(device.describe())
+        peak = flops.peak(device.describe())
+        self.peak = peak * devices if peak else None
         self.steps = 0
 
     def of(self, tokens: int, seconds: float) -> dict[str, float | None]:
@@ -457,29 +482,3 @@ class _Pace:
         self.steps += 1
         mfu = self.flops / seconds / self.peak if self.peak else None
         return {"tokens_per_second": tokens / seconds, "mfu": mfu}
-
-
-@dataclass
-class _Stopped:
-    by: str = ""
-
-
-@contextmanager
-def _signals(stopped: _Stopped) -> Generator[None]:
-    """SIGTERM and SIGINT end the run after the present step; a second SIGINT ends it at once."""
-
-    def stop(number: int, _: Any) -> None:
-        if stopped.by and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stopped.by = signal.Signals(number).name
-
-    try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: the caller owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

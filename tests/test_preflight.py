@@ -21,6 +21,7 @@ from jaxgpt.data.instructions import MICRO
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
 from jaxgpt.gates import random_batch
+from jaxgpt.mesh import ALONE
 from jaxgpt.presets import PRESETS
 from jaxgpt.settings import TrainSettings
 from jaxgpt.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def test_the_step_that_was_looked_at_is_not_compiled_again():
     before = len(compiled)
     assert before >= 1
     for _ in range(2):
-        state, _ = train_step(CONFIG, STEP, "float32", state, batches)
+        state, _ = train_step(CONFIG, STEP, "float32", state, batches, layout=ALONE)
     assert len(compiled) == before
 
 
@@ -104,7 +105,7 @@ def test_a_compiler_that_runs_out_of_memory_is_a_step_that_does_not_fit(monkeypa
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.")
 
     class Step:
-        def lower(self, *_: object) -> Lowered:
+        def lower(self, *_: object, **__: object) -> Lowered:
             return Lowered()
 
     state = initial_state(model.init(CONFIG, 0), STEP)
@@ -178,8 +179,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written_and_what_fits_i
     flags = words(data, "--out", tmp_path / "out")
     measured, taken = preflight.step_bytes, {}
 
-    def remembered(config, settings, dtype, state):
-        taken[settings.batch_size] = measured(config, settings, dtype, state)
+    def remembered(config, settings, dtype, state, layout):
+        taken[settings.batch_size] = measured(config, settings, dtype, state, layout)
         return taken[settings.batch_size]
 
     monkeypatch.setattr(preflight, "step_bytes", remembered)

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -57,7 +58,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     def interrupted(self: training_loop.Loop, number: int, pace: object) -> None:
         plain(self, number, pace)
         if number + 1 == step:
-            training_loop.signal.raise_signal(training_loop.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(training_loop.Loop, "_step", interrupted)
 
@@ -156,10 +157,10 @@ def test_a_model_without_heads_is_refused():
 def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_saved(data, tmp_path, monkeypatch):
     plain = training_loop.train_step
 
-    def poisoned(config, settings, dtype, state, batches):
+    def poisoned(config, settings, dtype, state, batches, layout):
         if int(state.step) >= 4:
             batches = {**batches, "ids": batches["ids"] + config.vocab_size}
-        return plain(config, settings, dtype, state, batches)
+        return plain(config, settings, dtype, state, batches, layout=layout)
 
     monkeypatch.setattr(training_loop, "train_step", poisoned)
     out = tmp_path / "out"

@@ -11,7 +11,8 @@ import pytest
 from jaxgpt import model
 from jaxgpt.chat import Rendered
 from jaxgpt.data.batches import Batch, EpisodeBatches, empty_batch
-from jaxgpt.loss import evaluate, masked_sum, on_device, token_losses
+from jaxgpt.loss import evaluate, masked_sum, token_losses
+from jaxgpt.mesh import ALONE
 from jaxgpt.optimizer import optimizer, schedule
 from jaxgpt.settings import TrainSettings
 from jaxgpt.train_step import initial_state, stacked, train_step
@@ -58,7 +59,7 @@ def test_eight_micro_batches_of_one_equal_one_batch_of_eight_with_unequal_masks(
     assert relative(parts[0], whole[0]) < RELATIVE
     assert relative(parts[1], whole[1]) < RELATIVE
     # A mean of micro-batch means is another number: the check can fail.
-    means = [masked_sum(config, state.params, on_device(rows_of(batch, i, i + 1)), dtype="float32") for i in range(8)]
+    means = [masked_sum(config, state.params, ALONE.rows(rows_of(batch, i, i + 1)), dtype="float32") for i in range(8)]
     biased = np.mean([m / rows_of(batch, i, i + 1)["mask"].sum() for i, m in enumerate(means)])
     assert relative(jnp.float32(biased), whole[0]) > 100 * RELATIVE
 
@@ -99,7 +100,7 @@ def test_loss_equals_optax_and_ignores_an_infinite_loss_at_a_masked_place():
     masked = batch["mask"] == 0
     batch["targets"][masked] = config.vocab_size  # no such token: its loss is NaN
     assert not np.isfinite(token_losses(logits, jnp.asarray(batch["targets"]))).all()
-    assert np.isfinite(float(masked_sum(config, params, on_device(batch), dtype="float32")))
+    assert np.isfinite(float(masked_sum(config, params, ALONE.rows(batch), dtype="float32")))
 
 
 def test_remat_gives_the_same_gradient():
@@ -157,7 +158,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     config = dataclasses.replace(GPT2, resid_pdrop=0.5)
     params = conftest.random_params(config)
     batch = batch_with_unequal_masks(config, 2, 8, seed=0)
-    arrays = on_device(batch)
+    arrays = ALONE.rows(batch)
     once, again = (float(masked_sum(config, params, arrays, dtype="float32", rng=jax.random.key(i))) for i in (0, 1))
     assert once != again
     without = dataclasses.replace(config, resid_pdrop=0.0)

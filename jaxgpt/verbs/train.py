@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from jaxgpt import processes
 from jaxgpt.errors import InputError
+from jaxgpt.parallel_settings import MeshSettings, ProcessSettings
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings
 from jaxgpt.verbs.output import Output
 
@@ -12,7 +14,12 @@ if TYPE_CHECKING:
     from jaxgpt.preflight import Preflight
     from jaxgpt.training_loop import TrainResult
 
-ALLOWED_ON_RESUME = {"--out", "--resume", "--dry-run", "--json", "--debug"}
+SPREAD = {
+    "--" + field.name.replace("_", "-")
+    for settings in (MeshSettings, ProcessSettings)
+    for field in dataclasses.fields(settings)
+}
+ALLOWED_ON_RESUME = {"--out", "--resume", "--dry-run", "--json", "--debug", *SPREAD}
 
 
 def pretrain(settings: PretrainSettings, output: Output) -> int:
@@ -54,20 +61,22 @@ def _check(settings: PretrainSettings | SFTSettings, output: Output) -> None:
 
 def _told(found: "Preflight", output: Output) -> int:
     """A dry run's report; what does not fit is refused after it, as the run would."""
-    if output.json:
-        output.result({**dataclasses.asdict(found), "fits": found.fits})
-    for line in (found.headline(), *found.lines()):
-        output.say(line)
+    if processes.first():
+        if output.json:
+            output.result({**dataclasses.asdict(found), "fits": found.fits})
+        for line in (found.headline(), *found.lines()):
+            output.say(line)
     found.refuse()
     return 0
 
 
 def _ended(result: "TrainResult", output: Output) -> int:
-    if output.json:
+    if output.json and processes.first():
         output.result(dataclasses.asdict(result))
     # A finished run that is resumed takes no step, so it has no loss to tell.
     losses = {"loss": None if math.isnan(result.loss) else result.loss, "validation loss": result.validation_loss}
     told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
-    output.say(f"step {result.step}: {told or 'no step was taken'}; saved in {result.out}")
+    if processes.first():
+        output.say(f"step {result.step}: {told or 'no step was taken'}; saved in {result.out}")
     # A signal ended it early, with everything saved; scripts must not take that for done.
     return 130 if result.stop_reason == "signal" else 0

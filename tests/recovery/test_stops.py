@@ -103,12 +103,12 @@ def test_a_signal_in_a_validation_ends_the_run_at_once_and_resume_makes_up_for_i
 ):
     plain, seen = training_loop.evaluate, []
 
-    def evaluate(config: Any, params: Any, batches: Any, dtype: str) -> float:
+    def evaluate(config: Any, params: Any, batches: Any, dtype: str, layout: Any) -> float:
         seen.append(0)
         here = len(seen) == 1 + [0, 4, 6].index(step)
         if here:
             os.kill(os.getpid(), signal.SIGTERM)
-        loss = plain(config, params, batches, dtype)
+        loss = plain(config, params, batches, dtype, layout)
         assert not here or loss != loss, "batches were measured after the signal"
         return loss
 

@@ -1,0 +1,103 @@
+"""The arrays of a step as Orbax writes and reads them; it is known here and nowhere else.
+
+It is imported where it is used: it is slow to load.
+"""
+
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt import processes
+from jaxgpt.array_files import Header
+from jaxgpt.errors import InputError
+from jaxgpt.step_folder import Contents
+
+
+def begin(partial: Path, contents: Contents, copy: bool) -> Any:
+    """Begin to write the arrays into the folder; the `result()` of what is returned waits for them."""
+    ocp = _orbax()
+    given = {"params": contents.params, "train": contents.train}
+    # Orbax takes no numpy scalar, which numpy makes of every 0-dimensional result.
+    trees = {
+        tree: {name: np.asarray(array) if isinstance(array, np.generic) else array for name, array in arrays.items()}
+        for tree, arrays in given.items()
+        if arrays is not None
+    }
+    context = _storage()
+    context.memory.deepcopy_host_arrays = copy
+    with context:
+        return ocp.save_checkpointables_async(partial, trees)
+
+
+def read(path: Path, tree: str, headers: Mapping[str, Header]) -> dict[str, np.ndarray]:
+    """Arrays of one tree, whole, as they were declared.
+
+    Raises:
+        InputError: Orbax cannot read them.
+    """
+    # Numpy targets: no device is touched, and 64-bit integers stay whole.
+    target = {name: np.broadcast_to(np.zeros((), dtype_of(h.dtype)), h.shape) for name, h in headers.items()}
+    try:
+        with _storage(together=False):
+            loaded = _orbax().load(path, target, checkpointable_name=tree)
+    except Exception as error:
+        # What its manifest vouches for and Orbax cannot read: made by another program, or with intent.
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{tree} cannot be read ({type(error).__name__}: {reason}); restore it") from error
+    return dict(loaded)
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of that name, with bfloat16."""
+    import jax.numpy as jnp
+
+    return jnp.dtype(name)
+
+
+def _orbax() -> Any:
+    import logging
+
+    # Orbax reports on its own thread what `Saving.result` raises, and warns of storage chosen on purpose.
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    _hush_tensorstore()
+    try:
+        from orbax.checkpoint import v1 as ocp
+    except ImportError:
+        from orbax.checkpoint.experimental import v1 as ocp
+    return ocp
+
+
+@functools.cache
+def _hush_tensorstore() -> None:
+    """After an array that failed, its thread calls Orbax's closed event loop; the failure itself is raised."""
+    others = sys.unraisablehook
+
+    def hook(told: Any) -> None:
+        if told.object is not None or str(told.exc_value) != "Event loop is closed":
+            others(told)
+
+    sys.unraisablehook = hook
+
+
+def _storage(*, together: bool = True) -> Any:
+    """One folder an array, uncompressed: what `array_files` can check.
+
+    Several processes write their parts of it together; each reads for itself.
+    """
+    context = _orbax().Context()
+    if not together and processes.count() > 1:
+        own = processes.number()
+        context.multiprocessing.primary_host = own
+        context.multiprocessing.active_processes = {own}
+        context.multiprocessing.barrier_sync_key_prefix = f"process-{own}"
+    saving = context.array.saving
+    saving.use_ocdbt = False
+    saving.use_zarr3 = True
+    saving.use_compression = False
+    saving.enable_write_sharding_file = False
+    saving.array_metadata_store = None
+    return context

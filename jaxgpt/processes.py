@@ -1,0 +1,118 @@
+"""Several processes that train one model: joining them, agreeing, and ending when one is gone.
+
+Everything between them goes through JAX (`jax.distributed`, collectives). What only
+one process can know (a signal, a full disk, free memory) must be agreed on before it
+decides anything, or the others wait in a collective that never comes.
+"""
+
+import atexit
+import os
+import re
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from jaxgpt.errors import InputError
+from jaxgpt.parallel_settings import ProcessSettings
+
+GONE = (
+    "another process of this run is gone or cannot be reached (its own last lines say why); "
+    "start all of them again, with --resume if a step was saved"
+)
+_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]oordination|[Hh]eartbeat")
+"""What JAX says of a collective whose other side is not there."""
+
+
+def count() -> int:
+    """How many processes train together."""
+    # JAX is loaded and started only for those that joined others.
+    jax: Any = sys.modules.get("jax")
+    return jax.process_count() if jax and jax.distributed.is_initialized() else 1
+
+
+def first() -> bool:
+    """This process writes: the only one, or number 0."""
+    return number() == 0
+
+
+def number() -> int:
+    """Which of the processes this is."""
+    jax: Any = sys.modules.get("jax")
+    return jax.process_index() if count() > 1 else 0
+
+
+def gathered(value: float) -> list[float]:
+    """The value of every process, in their order; all must ask."""
+    if count() == 1:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    # Not float32, which JAX would make of it: bytes of a memory are compared.
+    halves = np.asarray([value], np.float64).view(np.uint32)
+    return np.asarray(multihost_utils.process_allgather(halves)).reshape(-1).view(np.float64).tolist()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true in one of the processes; all must ask."""
+    return any(gathered(float(flag)))
+
+
+def told_by_first(value: float) -> float:
+    """The value that the first process gives; all must ask."""
+    return gathered(value)[0]
+
+
+@contextmanager
+def joined(settings: ProcessSettings) -> Generator[None]:
+    """Be one of several processes inside and from then on, if the settings say so.
+
+    Raises:
+        InputError: nothing tells which process this is, or another one is gone. Whoever
+            catches it, or any other error, leaves by `end`.
+    """
+    if not settings.distributed:
+        yield
+        return
+    import jax
+
+    if not jax.distributed.is_initialized():
+        _join(settings)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if _LOST.search(str(error)):
+            raise InputError(GONE) from error
+        raise
+
+
+def end(code: int) -> None:
+    """Leave a failed process that trains with others: a normal exit would wait for them, and they wait for it."""
+    if count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _join(settings: ProcessSettings) -> None:
+    import jax
+
+    # The loop takes signals itself, and all processes agree on the step to save.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            settings.coordinator_address or None,
+            settings.num_processes,
+            settings.process_id,
+            heartbeat_timeout_seconds=settings.heartbeat_timeout,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"--distributed: neither Slurm, Kubernetes nor Open MPI started this process ({error}); give "
+            "--coordinator-address HOST:PORT, --num-processes and --process-id"
+        ) from None
+    except RuntimeError as error:
+        raise InputError(f"--distributed: {' '.join(str(error).split())}") from None
+    # A process that is done waits there for the others, so that none takes it for dead.
+    atexit.register(jax.distributed.shutdown)
