@@ -1,10 +1,11 @@
 """Faults planted in whole passes, cached or not: what an op was computed from, and what became of the cache."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from planted_steps import handing_on, is_step, masked, reading, rewired, rounded, through, with_values
@@ -38,6 +39,13 @@ class Case:
         candidate = dataclasses.replace(self.candidate, **changed)
         comparison = Comparison(candidate, self.reference, None, None, noise.stored_calibration(), SEED)
         return diagnosis.bisect(comparison, rungs=(rung,))
+
+
+@pytest.fixture(autouse=True, params=["eager", pytest.param("compiled", marks=pytest.mark.exhaustive)])
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of the many changes that a repair tries is run a few times, so that compiling it is most of the time."""
+    with jax.disable_jit(request.param == "eager"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,10 @@ RUNGS = ("operators", "forward", "loss", "decode")
 
 def bisected(family: str, place: Path, rungs: tuple[str, ...]) -> Report:
     """A model of no other test: what is compiled for a config is compiled with its table."""
-    sizes = {"gpt2": {"n_layer": 2, "n_inner": 61}, "llama": {"num_hidden_layers": 2, "intermediate_size": 61}}
+    sizes = {
+        "gpt2": {"n_layer": 2, "n_inner": 61, "n_positions": 24},
+        "llama": {"num_hidden_layers": 2, "intermediate_size": 61, "max_position_embeddings": 24},
+    }
     folder = models.write(models.MODELS[family] | sizes[family], place, "float32", 3)
     candidate, reference = models.candidate(folder, "float32"), Reference.load(folder, "float32")
     comparison = Comparison(candidate, reference, folder, folder, stored_calibration(), 3)
