@@ -4,6 +4,7 @@ import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import often
 import pytest
 from flax import nnx
 from jaxtyping import TypeCheckError
@@ -13,35 +14,45 @@ from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.taps import Wiring
 
 forward = jax.jit(model.forward, static_argnums=0, static_argnames=("remat", "fused_attention"))
+forward_cached = jax.jit(model.forward_cached, static_argnums=0)
+some_families = pytest.mark.parametrize("config", often.exhaustive_but(often.FAMILIES, conftest.CONFIGS), indirect=True)
+
+
+# Half as much to compile as `forward`, which gives every tap too.
+logits = jax.jit(
+    lambda config, params, ids, rng=None: model.forward(config, params, ids, rng=rng).logits, static_argnums=0
+)
 
 
 def logits_of(config: ModelConfig, **changes: object) -> np.ndarray:
     changed = dataclasses.replace(config, **changes)
-    return np.asarray(forward(changed, conftest.random_params(changed), conftest.random_ids(config, 2, 40)).logits)
+    return np.asarray(logits(changed, conftest.random_params(changed), conftest.random_ids(config, 2, 40)))
 
+
+GPT2, LLAMA = (dataclasses.replace(config, num_hidden_layers=1) for config in (conftest.GPT2, conftest.LLAMA))
 
 # One perturbation a field: what the config says must show in the output.
 PERTURBATIONS: dict[str, tuple[ModelConfig, object]] = {
-    "vocab_size": (conftest.GPT2, 140),
-    "hidden_size": (conftest.LLAMA, 60),
-    "intermediate_size": (conftest.LLAMA, 60),
-    "num_hidden_layers": (conftest.LLAMA, 1),
-    "num_attention_heads": (conftest.LLAMA, 8),
-    "num_key_value_heads": (conftest.LLAMA, 3),
-    "head_dim": (conftest.LLAMA, 12),
-    "position_embedding": (conftest.GPT2, None),
-    "norm": (conftest.LLAMA, "layernorm"),
-    "rms_norm_eps": (conftest.LLAMA, 1e-2),
-    "hidden_act": (conftest.GPT2, "gelu"),
-    "gated_mlp": (conftest.LLAMA, False),
-    "qkv_bias": (conftest.LLAMA, True),
-    "attention_output_bias": (conftest.LLAMA, True),
-    "mlp_bias": (conftest.LLAMA, True),
-    "qk_norm": (conftest.LLAMA, True),
-    "sliding_window": (conftest.LLAMA, 39),
-    "tie_word_embeddings": (conftest.LLAMA, True),
-    "rope_theta": (conftest.LLAMA, 500.0),
-    "rope_scaling": (conftest.LLAMA, RopeScaling("linear", 2.0)),
+    "vocab_size": (GPT2, 140),
+    "hidden_size": (LLAMA, 60),
+    "intermediate_size": (LLAMA, 60),
+    "num_hidden_layers": (LLAMA, 2),
+    "num_attention_heads": (LLAMA, 8),
+    "num_key_value_heads": (LLAMA, 3),
+    "head_dim": (LLAMA, 12),
+    "position_embedding": (GPT2, None),
+    "norm": (LLAMA, "layernorm"),
+    "rms_norm_eps": (LLAMA, 1e-2),
+    "hidden_act": (GPT2, "gelu"),
+    "gated_mlp": (LLAMA, False),
+    "qkv_bias": (LLAMA, True),
+    "attention_output_bias": (LLAMA, True),
+    "mlp_bias": (LLAMA, True),
+    "qk_norm": (LLAMA, True),
+    "sliding_window": (LLAMA, 39),
+    "tie_word_embeddings": (LLAMA, True),
+    "rope_theta": (LLAMA, 500.0),
+    "rope_scaling": (LLAMA, RopeScaling("linear", 2.0)),
 }
 ELSEWHERE = {
     "max_position_embeddings": "test_the_context_limit_is_the_size_of_the_position_table",
@@ -68,7 +79,7 @@ def test_every_config_field_moves_the_output(field: str):
 
 def test_llama3_scaling_fields_each_move_the_angles():
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
-    config = dataclasses.replace(conftest.LLAMA, rope_theta=500.0, rope_scaling=scaling)
+    config = dataclasses.replace(LLAMA, rope_theta=500.0, rope_scaling=scaling)
     changes = {"factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 8.0, "original_max_position_embeddings": 64}
     for field, value in changes.items():
         other = dataclasses.replace(config, rope_scaling=dataclasses.replace(scaling, **{field: value}))
@@ -88,7 +99,7 @@ YARN_CHANGES: dict[str, float] = {
 
 @pytest.mark.parametrize("field", YARN_CHANGES)
 def test_yarn_scaling_fields_each_move_the_output(field: str):
-    config = dataclasses.replace(conftest.LLAMA, rope_theta=500.0, rope_scaling=YARN)
+    config = dataclasses.replace(LLAMA, rope_theta=500.0, rope_scaling=YARN)
     other = dataclasses.replace(YARN, **{field: YARN_CHANGES[field]})
     moved = logits_of(dataclasses.replace(config, rope_scaling=other))
     assert np.abs(logits_of(config) - moved).max() > 1e-4
@@ -107,7 +118,7 @@ def test_yarn_magnitude_is_that_of_factor_unless_both_mscales_or_the_factor_itse
 def test_a_window_hides_what_is_before_it_and_nothing_else():
     config = dataclasses.replace(conftest.LLAMA, sliding_window=3)
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 7)
-    mask = np.asarray(model.forward(config, params, ids).taps["mask"])[0, 0]
+    mask = np.asarray(forward(config, params, ids).taps["mask"])[0, 0]
     assert mask.tolist() == [[query - 3 < key <= query for key in range(7)] for query in range(7)]
 
 
@@ -120,11 +131,11 @@ def test_the_context_limit_is_the_size_of_the_position_table():
 
 @pytest.mark.parametrize("field", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
 def test_each_dropout_rate_moves_the_training_output_only(field: str):
-    config = dataclasses.replace(conftest.LLAMA, **{field: 0.5})
+    config = dataclasses.replace(LLAMA, **{field: 0.5})
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 8)
-    plain = forward(conftest.LLAMA, params, ids).logits
-    assert jnp.array_equal(forward(config, params, ids).logits, plain), "off without an rng"
-    one, two = (forward(config, params, ids, rng=jax.random.key(seed)).logits for seed in (0, 1))
+    plain = logits(LLAMA, params, ids)
+    assert jnp.array_equal(logits(config, params, ids), plain), "off without an rng"
+    one, two = (logits(config, params, ids, jax.random.key(seed)) for seed in (0, 1))
     assert not jnp.array_equal(one, plain)
     assert not jnp.array_equal(one, two)
 
@@ -141,19 +152,30 @@ def test_fresh_weights_have_the_scale_the_config_says():
 
 
 def test_the_module_defines_exactly_the_parameters_of_the_name_table(config: ModelConfig):
+    made = jax.eval_shape(lambda: model.Transformer(config, nnx.Rngs(0)).params())
+    assert {name: array.shape for name, array in made.items()} == {p.name: p.shape for p in weights.parameters(config)}
+
+
+@some_families
+def test_the_module_computes_what_the_flat_parameters_do(config: ModelConfig):
     module = model.Transformer(config, nnx.Rngs(0))
-    expected = {p.name: p.shape for p in weights.parameters(config)}
-    assert {name: array.shape for name, array in module.params().items()} == expected
     ids = conftest.random_ids(config, 1, 5)
-    assert jnp.array_equal(module(ids), model.forward(config, module.params(), ids).logits)
+    called = nnx.jit(lambda module, ids: module(ids))(module, ids)
+    assert jnp.array_equal(called, logits(config, module.params(), ids))
 
 
 def test_taps_come_in_the_order_of_the_table_and_none_is_missing(config: ModelConfig):
-    output = model.forward(config, conftest.random_params(config), conftest.random_ids(config, 1, 5))
-    assert tuple(output.taps) == taps.names(config)
-    assert output.taps["logits"] is output.logits
+    def run(params: model.Params, ids: jax.Array) -> jax.Array:
+        output = model.forward(config, params, ids)
+        assert tuple(output.taps) == taps.names(config)
+        assert output.taps["logits"] is output.logits
+        return output.logits
+
+    # Only traced: what comes out of a traced function would be in the order of the alphabet.
+    assert jax.eval_shape(run, conftest.random_params(config), conftest.random_ids(config, 1, 5)).ndim == 3
 
 
+@some_families
 def test_any_single_op_runs_alone_on_the_taps_it_reads(config: ModelConfig):
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 6)
     values = model.run(config, params, taps.ops(config), model.uncached_inputs(ids))
@@ -201,7 +223,7 @@ def test_an_id_outside_the_vocabulary_is_nan_and_not_another_token():
     config = conftest.GPT2
     params = conftest.random_params(config)
     for bad in (config.vocab_size, -1):
-        assert jnp.isnan(model.forward(config, params, jnp.array([[bad]])).logits).all()
+        assert jnp.isnan(logits(config, params, jnp.array([[bad]]))).all()
 
 
 def test_segments_keep_documents_apart():
@@ -209,10 +231,10 @@ def test_segments_keep_documents_apart():
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 9)
     segments = jnp.array([[1] * 4 + [2] * 5])
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    packed = model.forward(config, params, ids, positions=positions, segments=segments).logits[0, 4:]
-    alone = model.forward(config, params, ids[:, 4:]).logits[0]
+    packed = forward(config, params, ids, positions=positions, segments=segments).logits[0, 4:]
+    alone = forward(config, params, ids[:, 4:]).logits[0]
     assert np.abs(packed - alone).max() < conftest.rounding(alone)
-    leaking = model.forward(config, params, ids, positions=positions).logits[0, 4:]
+    leaking = forward(config, params, ids, positions=positions).logits[0, 4:]
     assert np.abs(leaking - alone).max() > 100 * conftest.rounding(alone)
 
 
@@ -220,20 +242,22 @@ def test_segments_keep_documents_apart():
 
 
 @pytest.mark.slow
+@some_families
 def test_cached_logits_equal_uncached_at_every_step_up_to_the_edge_of_the_context(config: ModelConfig):
     params, limit = conftest.random_params(config), config.max_position_embeddings
     ids = conftest.random_ids(config, 2, limit)
-    full = np.asarray(forward(config, params, ids).logits)
-    step = jax.jit(model.forward_cached, static_argnums=0)
+    full = np.asarray(logits(config, params, ids))
     lengths = np.array([60, 43])  # ragged: each row continues at its own slot
-    output, kv = step(config, params, ids[:, :60], jnp.asarray(lengths), cache.empty(config, 2, 128, jnp.float32))
+    output, kv = forward_cached(
+        config, params, ids[:, :60], jnp.asarray(lengths), cache.empty(config, 2, 128, jnp.float32)
+    )
     tolerance = conftest.rounding(full)
     for row in range(2):
         n = lengths[row]
         assert np.abs(output.logits[row, :n] - full[row, :n]).max() < tolerance
     while lengths.max() < limit:
         here = jnp.asarray([[ids[row, lengths[row]]] for row in range(2)])
-        output, kv = step(config, params, here, jnp.ones(2, jnp.int32), kv)
+        output, kv = forward_cached(config, params, here, jnp.ones(2, jnp.int32), kv)
         for row in range(2):
             assert np.abs(output.logits[row, 0] - full[row, lengths[row]]).max() < tolerance, lengths
         lengths += 1
@@ -243,7 +267,7 @@ def test_cached_logits_equal_uncached_at_every_step_up_to_the_edge_of_the_contex
 def test_padding_of_a_ragged_batch_is_never_stored():
     config = conftest.LLAMA
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 8)
-    _, kv = model.forward_cached(config, params, ids, jnp.array([3, 8]), cache.empty(config, 2, 64, jnp.float32))
+    _, kv = forward_cached(config, params, ids, jnp.array([3, 8]), cache.empty(config, 2, 64, jnp.float32))
     assert not np.asarray(kv.keys[0][0, :, 3:]).any()
     assert np.asarray(kv.keys[0][1, :, :8]).any(axis=(0, 2)).all()
 
@@ -251,15 +275,16 @@ def test_padding_of_a_ragged_batch_is_never_stored():
 def test_a_cache_position_off_by_one_is_seen():
     config = conftest.LLAMA
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 9)
-    full = np.asarray(model.forward(config, params, ids).logits[0, 8])
-    _, kv = model.forward_cached(config, params, ids[:, :8], jnp.array([8]), cache.empty(config, 1, 64, jnp.float32))
+    full = np.asarray(logits(config, params, ids)[0, 8])
+    _, kv = forward_cached(config, params, ids[:, :8], jnp.array([8]), cache.empty(config, 1, 64, jnp.float32))
     shifted = kv._replace(lengths=kv.lengths + 1)
-    right, _ = model.forward_cached(config, params, ids[:, 8:], jnp.array([1]), kv)
-    wrong, _ = model.forward_cached(config, params, ids[:, 8:], jnp.array([1]), shifted)
+    right, _ = forward_cached(config, params, ids[:, 8:], jnp.array([1]), kv)
+    wrong, _ = forward_cached(config, params, ids[:, 8:], jnp.array([1]), shifted)
     assert np.abs(right.logits[0, 0] - full).max() < conftest.rounding(full)
     assert np.abs(wrong.logits[0, 0] - full).max() > 100 * conftest.rounding(full)
 
 
+@some_families
 def test_remat_and_fused_attention_do_not_change_the_model(config: ModelConfig):
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 6)
     plain = forward(config, params, ids).logits

@@ -3,9 +3,11 @@
 import dataclasses
 import inspect
 import re
+from functools import partial
 from itertools import product
 
 import conftest
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -92,7 +94,7 @@ def test_the_shapes_of_the_documentation_are_those_of_the_arrays(name: str):
     config = dataclasses.replace(conftest.CONFIGS[name], num_hidden_layers=1)
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 5)
     store = cache.empty(config, 2, 64, jnp.float32)
-    values = model.forward_cached(config, params, ids, jnp.array([5, 4]), store)[0].taps
+    values = jax.eval_shape(partial(model.forward_cached, config), params, ids, jnp.array([5, 4]), store)[0].taps
     sizes = {"B": 2, "T": 5, "S": 64, "D": config.hidden_size, "F": config.intermediate_size, "V": config.vocab_size}
     sizes |= {"N": config.num_attention_heads, "K": config.num_key_value_heads, "H": config.head_dim, "1": 1}
     sizes |= {"N·H": sizes["N"] * sizes["H"], "K·H": sizes["K"] * sizes["H"], "H/2": sizes["H"] // 2}

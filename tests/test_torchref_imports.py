@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import torchref
 
 ALLOWED = {"torch", "safetensors", "jaxtyping", "torchref", *sys.stdlib_module_names}
@@ -27,16 +29,13 @@ def test_torchref_imports_torch_safetensors_and_jaxtyping_only() -> None:
     assert {path.name: imported(path) - ALLOWED for path in files} == {path.name: set() for path in files}
 
 
-def test_importing_torchref_loads_neither_jax_nor_jaxgpt_nor_transformers() -> None:
-    code = "import sys, torchref; print([m for m in ('jax', 'jaxgpt', 'transformers', 'flax') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_loading_and_training_the_reference_does_not_load_the_compiler_of_torch(tmp_path: Path) -> None:
-    """It takes seconds, and nothing of it is used."""
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of a fresh process that imports, loads and trains: torch takes seconds to start."""
     code = """if True:
-        import json, pathlib, sys, torchref
+        import sys, torchref
+        print([m for m in ('jax', 'jaxgpt', 'transformers', 'flax') if m in sys.modules])
+        import json, pathlib
         from safetensors.torch import save_file
         from torchref import training
         folder = pathlib.Path(sys.argv[1])
@@ -48,5 +47,15 @@ def test_loading_and_training_the_reference_does_not_load_the_compiler_of_torch(
         trainer.step(training.batches(training.packed([([1, 2, 3], [1, 1, 1])], 4), 4, 1))
         print(trainer.steps, "torch._dynamo" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1 False"
+    folder = str(tmp_path_factory.mktemp("torchref"))
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_importing_torchref_loads_neither_jax_nor_jaxgpt_nor_transformers(said: list[str]) -> None:
+    assert said[0] == "[]"
+
+
+def test_loading_and_training_the_reference_does_not_load_the_compiler_of_torch(said: list[str]) -> None:
+    """It takes seconds, and nothing of it is used."""
+    assert said[1:] == ["1 False"]
