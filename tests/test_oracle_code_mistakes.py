@@ -125,7 +125,8 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.write(models.MODELS["llama"], tmp_path_factory.mktemp("hf"), "float32", 5)
+    small = models.MODELS["llama"] | {"num_hidden_layers": 2, "max_position_embeddings": 24}
+    return models.write(small, tmp_path_factory.mktemp("hf"), "float32", 5)
 
 
 def marked() -> list[object]:

@@ -1,7 +1,7 @@
 """Faults planted in single ops must be named and proved by undoing them; what nobody foresaw stays unknown."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from oracle.reference import Reference
 from oracle.results import UNKNOWN, Report
 
 SHORT = 24
-"""Positions: the faults need no more, and every op is compiled anew."""
+"""Positions: the faults need no more."""
 FAMILIES = {
     "gpt2": models.MODELS["gpt2"] | {"n_layer": 2, "n_positions": SHORT},
     "llama": models.MODELS["llama-square-biased-tied-linear"]
@@ -39,6 +39,13 @@ class Case:
         candidate = dataclasses.replace(self.candidate, replace=replace, **changed)
         comparison = Comparison(candidate, self.reference, None, None, noise.stored_calibration(), SEED)
         return diagnosis.bisect(comparison, rungs=("operators",))
+
+
+@pytest.fixture(autouse=True, params=["eager", pytest.param("compiled", marks=pytest.mark.exhaustive)])
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of the many changes that a repair tries is run once or twice, so that compiling it is most of the time."""
+    with jax.disable_jit(request.param == "eager"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +316,16 @@ def called(fault: Fault) -> str:
 
 
 def parameters() -> list[Any]:
-    quick = [pytest.param(*fault, id=called(fault)) for fault in QUICK]
-    return quick + [pytest.param(*fault, id=called(fault), marks=pytest.mark.slow) for fault in SLOW]
+    """Each cause and each family is in `make test`; another plant of one that is there already is exhaustive."""
+    cases: list[Any] = []
+    seen: set[str] = set()
+    for fault in QUICK + SLOW:
+        family, _, _, cause = fault
+        marks = [pytest.mark.slow] if fault in SLOW else []
+        marks += [pytest.mark.exhaustive] if {family, cause} <= seen and fault in SLOW else []
+        cases.append(pytest.param(*fault, id=called(fault), marks=marks))
+        seen |= {family, cause}
+    return cases
 
 
 @pytest.mark.parametrize(("family", "tap", "function", "cause"), parameters())
@@ -335,12 +350,17 @@ def test_a_wrong_op_is_named_and_proved_by_undoing_it(
     ("family", "tap", "function", "cause"),
     [
         ("gpt2", NORM, norm(1e-2), "norm eps wrong"),
-        ("gpt2", NORM, norm(bias=0), "norm bias missing"),
-        ("gpt2", "layers.1.mlp.act", activation(lambda x: x), "activation missing"),
-        ("gpt2", "layers.0.mlp.up", lambda c, p, x: x @ p["kernel"], "bias dropped"),
-        ("llama", Q, lambda c, p, x, a: x, "RoPE missing"),
         ("llama", "layers.1.attn.scores", tiled(true.scores), "kv heads tiled instead of repeated"),
-        ("llama", "layers.0.mlp_residual", summed(1, 2), "residual branch added twice"),
+        *(
+            pytest.param(*fault, marks=pytest.mark.exhaustive)
+            for fault in (
+                ("gpt2", NORM, norm(bias=0), "norm bias missing"),
+                ("gpt2", "layers.1.mlp.act", activation(lambda x: x), "activation missing"),
+                ("gpt2", "layers.0.mlp.up", lambda c, p, x: x @ p["kernel"], "bias dropped"),
+                ("llama", Q, lambda c, p, x, a: x, "RoPE missing"),
+                ("llama", "layers.0.mlp_residual", summed(1, 2), "residual branch added twice"),
+            )
+        ),
     ],
     # A function's default id has its address, which differs between test processes.
     ids=lambda value: "" if callable(value) else value,

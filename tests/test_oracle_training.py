@@ -76,9 +76,13 @@ def place(found: Report) -> tuple[str, str]:
 # -- True models -----------------------------------------------------------------------
 
 HEAVY = [
-    pytest.param(family, dtype, marks=pytest.mark.slow)
-    for family, dtype in (("llama", "float32"), ("gpt2", "bfloat16"), ("llama", "bfloat16"))
+    pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+    *(
+        pytest.param(family, dtype, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+        for family, dtype in (("llama", "float32"), ("gpt2", "bfloat16"))
+    ),
 ]
+"""`make test` has each family and each dtype once."""
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), *HEAVY])
@@ -118,7 +122,7 @@ def test_a_large_models_gradients_are_compared_layer_by_layer_and_none_is_lost(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.exhaustive), "llama"])
 def test_a_large_models_first_layer_is_optimized(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training_probe, "LARGE", 0)
     monkeypatch.setattr(training_probe, "PART_IDS", 40)
