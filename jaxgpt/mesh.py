@@ -154,7 +154,7 @@ def layout(settings: MeshSettings, config: ModelConfig, batch_size: int, notices
     Raises:
         InputError: devices, rows or heads that cannot be split so; with what can.
     """
-    there, fsdp, tensor = jax.device_count(), settings.fsdp, settings.tensor_parallel
+    there, fsdp, tensor = jax.device_count(), settings.fsdp or 1, settings.tensor_parallel or 1
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     if heads % tensor:
         raise InputError(

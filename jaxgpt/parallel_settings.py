@@ -9,18 +9,16 @@ from jaxgpt.errors import InputError
 class MeshSettings:
     """How a run's devices are arranged; every arrangement makes the same updates, up to rounding."""
 
-    data_parallel: int = 0
-    """devices that share a batch's rows, each with all of the model; 0 for as many as there are"""
-    fsdp: int = 1
-    """devices that share the rows and the memory of weights and optimizer, gathered where they are used"""
-    tensor_parallel: int = 1
-    """devices that share every matrix product and its heads"""
+    data_parallel: int | None = None
+    """devices that share a batch's rows, each with all of the model; as many as there are unless given"""
+    fsdp: int | None = None
+    """devices that share the rows and the memory of weights and optimizer, gathered where used; 1 unless given"""
+    tensor_parallel: int | None = None
+    """devices that share every matrix product and its heads; 1 unless given"""
 
     def __post_init__(self) -> None:
-        if self.data_parallel < 0:
-            raise InputError(f"data_parallel must be ≥ 0, got {self.data_parallel}")
-        for name in ("fsdp", "tensor_parallel"):
-            if getattr(self, name) < 1:
+        for name in ("data_parallel", "fsdp", "tensor_parallel"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 

@@ -82,9 +82,14 @@ def joined(settings: ProcessSettings) -> Generator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if _LOST.search(str(error)):
+        if lost(error):
             raise InputError(GONE) from error
         raise
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a collective failed because another process is not there any more."""
+    return count() > 1 and type(error).__name__ == "JaxRuntimeError" and bool(_LOST.search(str(error)))
 
 
 def end(code: int) -> None:

@@ -231,9 +231,9 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
         raise InputError(f"{out} was written by {origin['command']}; resume it with that command")
     values: dict[str, Any] = {**origin["settings"], "out": out, "resume": True, "processes": settings.processes}
     values["train"] = TrainSettings(**values["train"])
-    # Runs of before there were meshes say nothing of one. Another mesh makes the same updates.
-    kept = MeshSettings(**values.get("mesh", {}))
-    values["mesh"] = kept if settings.mesh == MeshSettings() else settings.mesh
+    # Another mesh makes the same updates: it may be given anew. Runs of before there were any say nothing of one.
+    given = {name: size for name, size in dataclasses.asdict(settings.mesh).items() if size is not None}
+    values["mesh"] = MeshSettings(**{**values.get("mesh", {}), **given})
     if isinstance(settings, PretrainSettings):
         values["model"] = ModelSettings(**values["model"])
     return type(settings)(**values), found

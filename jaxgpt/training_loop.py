@@ -181,6 +181,10 @@ class Loop:
             if first and reason != "signal":  # who sends one does not wait
                 self._prove()
             self.log.write("end", int(self.state.step), reason=reason, memory_peak=peak)
+        except Exception as error:
+            if processes.lost(error):
+                self.pending = None  # it waits for the others' parts
+            raise
         finally:
             self._settle()
             self.log.close()

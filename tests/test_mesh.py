@@ -67,9 +67,9 @@ def test_rows_alone_or_weights_alone_split_eight_ways_and_odd_sizes(tmp_path: Pa
     ("asked", "batch", "message"),
     [
         (MeshSettings(4), 6, "batch_size 6 cannot be split evenly over 4 devices .* multiple of 4"),
-        (MeshSettings(0, 3), 8, "batch_size 8 cannot be split evenly over 6 devices"),
+        (MeshSettings(None, 3), 8, "batch_size 8 cannot be split evenly over 6 devices"),
         (MeshSettings(16), 16, "data_parallel 16 × fsdp 1 × tensor_parallel 1 needs 16 devices, JAX sees 8"),
-        (MeshSettings(0, 16), 16, "needs 16 devices, JAX sees 8"),
+        (MeshSettings(None, 16), 16, "needs 16 devices, JAX sees 8"),
         (MeshSettings(1, 1, 4), 8, "tensor_parallel 4 does not divide .* 6 heads and 2 key/value heads; .* 1, 2"),
     ],
 )
@@ -118,7 +118,7 @@ def test_processes_that_cannot_be_are_refused(values: dict[str, Any], message: s
 @pytest.mark.parametrize("name", ["data_parallel", "fsdp", "tensor_parallel"])
 def test_a_mesh_of_less_than_nothing_is_refused(name: str):
     with pytest.raises(InputError, match=f"{name} must be"):
-        MeshSettings(**{name: -1})
+        MeshSettings(**{name: 0})
 
 
 def test_what_columns_split_rows_sum_over():
