@@ -74,8 +74,8 @@ def failed(line: CheckLine, *words: str) -> CheckLine:
     [
         ("gpt2", "float32"),
         ("llama", "bfloat16"),
-        pytest.param("llama", "float32", marks=pytest.mark.slow),
-        pytest.param("gpt2", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama", "float32", marks=pytest.mark.exhaustive),
+        pytest.param("gpt2", "bfloat16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_clean_model_passes_every_check(family: str, dtype: str):

@@ -179,13 +179,15 @@ def test_describe_has_the_usual_keys_and_reads_no_array(run: Path):
     json.dumps(found, allow_nan=False)
 
 
-def test_importing_the_module_loads_neither_jax_nor_orbax_and_saving_prints_nothing(tmp_path: Path):
+def test_importing_the_module_loads_neither_jax_nor_orbax_and_saving_prints_nothing(saved: Path, tmp_path: Path):
     code = (
         "import sys; from jaxgpt import checkpoint\n"
         "assert not {'jax', 'orbax'} & sys.modules.keys()\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import pathlib, test_checkpoint as t\n"
-        f"t.save(pathlib.Path({str(tmp_path)!r}), 1); checkpoint.load({str(tmp_path)!r}, train=True)\n"
+        "import dataclasses, pathlib\n"
+        f"found = checkpoint.load({str(saved)!r}, train=True)\n"
+        "values = {field.name: getattr(found, field.name) for field in dataclasses.fields(checkpoint.Contents)}\n"
+        f"checkpoint.save(pathlib.Path({str(tmp_path)!r}), 1, checkpoint.Contents(**values)).result()\n"
+        f"checkpoint.load({str(tmp_path)!r}, train=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

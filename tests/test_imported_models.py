@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import jinja_families
 import numpy as np
+import often
 import pytest
 import small_vocabularies as small
 import torch
@@ -60,8 +61,8 @@ CASES = {
 }
 
 
-OFTEN = ("llama with biases and its own head_dim", "qwen2")
-"""Cases of `make test`; the others are exhaustive."""
+OFTEN = ("qwen2", "qwen3 with yarn")
+"""With a chat template and without, a tokenizer.json and hexadecimal keys, both 16-bit dtypes."""
 
 
 def sensible(config: ModelConfig, likely: list[int]) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def use(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.exhaustive) for n in CASES])
+@pytest.mark.parametrize("name", often.exhaustive_but(OFTEN, CASES))
 def test_every_verb_takes_an_imported_folder(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -243,12 +243,13 @@ def transformers_penalised(logits: np.ndarray, rows: list[list[int]], penalty: f
     return torch.cat(scores).numpy()
 
 
-def test_penalties_and_bans_of_ragged_rows_are_those_of_transformers():
+@pytest.mark.parametrize("far_too_long", [1000, pytest.param(10**6, marks=pytest.mark.exhaustive)])
+def test_penalties_and_bans_of_ragged_rows_are_those_of_transformers(far_too_long: int):
     rng = np.random.default_rng(0)
     count, longest = 160, 16
     rows = [rng.integers(0, 2 + row % 6, rng.integers(1, longest + 1)).tolist() for row in range(count)]
     penalties = rng.choice([0.5, 1.0, 1.2, 3.0], count).tolist()
-    ngrams = rng.choice([0, 1, 2, 2, 3, 4, 17, 10**6], count).tolist()
+    ngrams = rng.choice([0, 1, 2, 2, 3, 4, 17, far_too_long], count).tolist()
     logits = random_logits(count, 9)
     # Beyond a row's end lie other ids and its own, as a forgotten reply leaves them.
     said = np.stack([np.resize([*ids, 7, 8], longest) for ids in rows])

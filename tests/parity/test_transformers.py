@@ -4,6 +4,7 @@ import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import often
 import pytest
 import torch
 import transformers
@@ -28,27 +29,38 @@ def stock(config: ModelConfig, params: dict[str, jax.Array]) -> transformers.Pre
     return made
 
 
-def test_logits_and_64_greedy_tokens_equal_stock_transformers(config: ModelConfig):
+def test_logits_equal_stock_transformers(config: ModelConfig):
     params = conftest.random_params(config)
     made = stock(config, params)
     ids = conftest.random_ids(config, 2, 30)
     with torch.no_grad():
         expected = made(torch.tensor(np.asarray(ids)).long()).logits.numpy()
         truth = made.double()(torch.tensor(np.asarray(ids)).long()).logits.numpy()
-        made.float()
+    logits = jax.jit(lambda params, ids: model.forward(config, params, ids).logits)
+    ours = np.asarray(logits(params, ids), np.float64)
+    # The yardstick is transformers' own float32 rounding against float64.
+    noise = max(np.abs(expected - truth).max(), conftest.rounding(truth) / 10)
+    assert np.abs(ours - truth).max() <= 4 * noise
+    assert np.abs(ours - truth).mean() <= 4 * np.abs(expected - truth).mean()
+
+
+@pytest.mark.parametrize(
+    "config", often.exhaustive_but(("gpt2-erf-untied", "llama3-scaling", "qwen2"), conftest.CONFIGS), indirect=True
+)
+def test_64_greedy_tokens_equal_stock_transformers(config: ModelConfig):
+    """Window, norms of heads and yarn: tests/test_architectures.py."""
+    params = conftest.random_params(config)
+    made = stock(config, params)
+    ids = conftest.random_ids(config, 1, 30)
+    with torch.no_grad():
         tokens = made.generate(
-            torch.tensor(np.asarray(ids[:1])).long(),
+            torch.tensor(np.asarray(ids)).long(),
             attention_mask=torch.ones(1, 30),
             max_new_tokens=64,
             min_new_tokens=64,
             do_sample=False,
             pad_token_id=0,
         )[0, 30:].tolist()
-    ours = np.asarray(jax.jit(model.forward, static_argnums=0)(config, params, ids).logits, np.float64)
-    # The yardstick is transformers' own float32 rounding against float64.
-    noise = max(np.abs(expected - truth).max(), conftest.rounding(truth) / 10)
-    assert np.abs(ours - truth).max() <= 4 * noise
-    assert np.abs(ours - truth).mean() <= 4 * np.abs(expected - truth).mean()
     generator = Generator(config, params, real_ids=config.vocab_size, stop_ids=[], dtype=jnp.float32)
     row = Row(np.asarray(ids[0]).tolist(), 64, 0)
     mine = [i for (chunk,) in generator.stream([row], GenerationSettings()) for i in chunk]
