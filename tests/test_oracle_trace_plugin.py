@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,28 +19,32 @@ def test_model(kind, oracle_trace, oracle_baseline):
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+pytest_plugins = "pytester"
 
 
-def test_a_baseline_is_written_when_asked_for_held_to_and_told_of(tmp_path: Path):
+def test_a_baseline_is_written_when_asked_for_held_to_and_told_of(pytester: pytest.Pytester):
+    tmp_path = pytester.path
+
+    def run(*arguments: str) -> tuple[int, str]:
+        ran = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments)
+        return ran.ret, ran.stdout.str()
+
     test = tmp_path / "test_mine.py"
     test.write_text(TEST.format(scale=3))
-    missing = run(tmp_path)
-    assert missing.returncode == 1
-    assert "write it with pytest --oracle-update" in missing.stdout
+    code, said = run()
+    assert code == 1
+    assert "write it with pytest --oracle-update" in said
     assert not (tmp_path / "traces").exists()
 
-    assert run(tmp_path, "--oracle-update").returncode == 0
+    assert run("--oracle-update")[0] == 0
     stored = sorted(path.name for path in (tmp_path / "traces").iterdir())
     assert stored == ["test_mine.test_model_a_b_.again.trace", "test_mine.test_model_a_b_.trace"]
 
     test.write_text(TEST.format(scale=3.001))
-    changed = run(tmp_path)
-    assert changed.returncode == 1
-    assert "FAIL. First divergence: logits (the 1 compared before it agree)" in changed.stdout
-    assert "the candidate is 1.00033 times the truth" in changed.stdout
+    code, said = run()
+    assert code == 1
+    assert "FAIL. First divergence: logits (the 1 compared before it agree)" in said
+    assert "the candidate is 1.00033 times the truth" in said
 
 
 @pytest.mark.usefixtures("oracle_trace")
