@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -28,6 +29,13 @@ MODELS = {
     for name in ("qwen3", "mistral-window", "qwen3-yarn-biased")
 }
 Function = Callable[..., Any]
+
+
+@pytest.fixture(params=["eager", pytest.param("compiled", marks=pytest.mark.exhaustive)])
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of the many changes that a repair tries is run a few times, so that compiling it is most of the time."""
+    with jax.disable_jit(request.param == "eager"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +197,7 @@ def cases() -> list[Any]:
     return quick + slow
 
 
+@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize(("mistake", "dtype"), cases())
 def test_a_mistake_is_found_where_it_is_named_and_proved(made: Callable[..., Comparison], mistake: str, dtype: str):
     model, replaced, tap, function, name = MISTAKES[mistake]
@@ -202,6 +211,7 @@ def test_a_mistake_is_found_where_it_is_named_and_proved(made: Callable[..., Com
     assert not cause.tied
 
 
+@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
