@@ -120,8 +120,9 @@ class Layout:
         spec: list[Any] = []
         for size, names in zip(shape, axes, strict=False):
             split = tuple(name for name in names if mesh.shape[name] > 1)
-            fits = split and size % math.prod(mesh.shape[name] for name in split) == 0
-            spec.append((split if len(split) > 1 else split[0]) if fits else None)
+            fits = size % math.prod(mesh.shape[name] for name in split) == 0
+            # One name, several, or None.
+            spec.append((split if split[1:] else "".join(split) or None) if fits else None)
         while spec and spec[-1] is None:
             spec.pop()
         return NamedSharding(mesh, PartitionSpec(*spec))
