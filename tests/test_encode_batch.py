@@ -62,7 +62,10 @@ def test_a_text_is_not_cut_where_something_reaches_over_spaces(reaching: str, tm
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
 
 
-def test_a_long_document_is_encoded_whole_where_a_cut_would_change_its_ids(tmp_path: Path):
+def test_a_long_document_is_encoded_whole_where_a_cut_would_change_its_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(corpus, "PIECE", 2**14)
     plain, _ = chosen(str(small.as_json(tmp_path / "plain", "qwen2")), CHATML)
     reaching = plain.with_added(["a b"])
     assert plain.cuts_before_spaces
