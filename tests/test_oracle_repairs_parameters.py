@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
         return _models[name, dtype]
 
     return make
+
+
+@pytest.fixture(params=["eager", pytest.param("compiled", marks=pytest.mark.exhaustive)])
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where the model is run. Each of the many changes that a repair tries is run a few times, and compiled slower."""
+    with jax.disable_jit(request.param == "eager"):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -176,6 +184,7 @@ def test_a_tensor_of_another_dtype_than_its_neighbours_is_judged(leaf: str, mode
     assert (found.name, found.proved) == ("NaN or infinite values", True)
 
 
+@pytest.mark.usefixtures("how")
 def test_a_kernel_that_does_not_fit_is_named_though_the_model_does_not_run(model: Callable[..., Model]):
     true = model("llama")
     wrong = true.comparison(true.planted(on(UP, np.transpose)))
@@ -386,6 +395,7 @@ def test_a_fault_of_one_layer_is_not_blamed_on_the_table_of_all(model: Callable[
     assert "only this one" not in all_
 
 
+@pytest.mark.usefixtures("how")
 def test_a_field_that_is_seen_to_differ_is_not_tied_with_its_effect(model: Callable[..., Model]):
     true = model("llama")
     config = dataclasses.replace(true.candidate.config, rope_theta=20000.0)
@@ -415,6 +425,7 @@ def test_a_wrong_export_of_a_right_candidate_changes_no_candidate(model: Callabl
     assert report.repaired.verdict == "pass"
 
 
+@pytest.mark.usefixtures("how")
 def test_wrong_weights_are_named_by_what_they_compute(model: Callable[..., Model]):
     true = model(SQUARE)
     leaves = (Q, "layers.0.attn.q.bias")
@@ -423,6 +434,7 @@ def test_wrong_weights_are_named_by_what_they_compute(model: Callable[..., Model
     assert (found.name, found.tap, found.proved) == ("heads permuted", "layers.0.attn.q", True)
 
 
+@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize(
     ("field", "value", "tap"),
     [
