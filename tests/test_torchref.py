@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import often
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(stock, folder)
 
 
+decoding = pytest.mark.parametrize(
+    "pair",
+    often.exhaustive_but(("gpt2", "llama-biased-tied", "mistral", "qwen3-biased-tied-yarn"), CASES),
+    indirect=True,
+)
+"""What a cache can break beyond the logits, which are compared in every case: positions, a window, norms of heads."""
+
+
 def random_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 131, (batch, time), generator=torch.Generator().manual_seed(seed))
 
@@ -184,8 +193,15 @@ def test_float64_logits_are_those_of_transformers_past_512_positions(pair: Pair)
         assert_equal_in_float64(pair.ours(torch.float64)(ids), expected)
 
 
-@pytest.mark.parametrize("time", [21, 560])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "time"),
+    [
+        (torch.float32, 560),
+        (torch.bfloat16, 21),
+        pytest.param(torch.float32, 21, marks=pytest.mark.exhaustive),
+        pytest.param(torch.bfloat16, 560, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_logits_are_as_close_to_the_truth_as_those_of_transformers(pair: Pair, dtype: torch.dtype, time: int) -> None:
     ids = random_ids(2, time)
     with torch.no_grad():
@@ -276,6 +292,7 @@ def generated(model: transformers.PreTrainedModel, ids: torch.Tensor, mask: torc
     return model.generate(ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
 
 
+@decoding
 def test_64_cached_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
     ids = random_ids(2, 9)
     expected = generated(pair.stock, ids, torch.ones_like(ids), 64)
@@ -283,6 +300,7 @@ def test_64_cached_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
     assert len(expected.unique()) > 4, "a loop over few tokens would prove little"
 
 
+@decoding
 def test_greedy_tokens_of_a_ragged_left_padded_batch_are_those_of_transformers(pair: Pair) -> None:
     ids, mask = left_padded((9, 4, 1))
     expected = generated(pair.stock, ids, mask, 24)
