@@ -431,7 +431,7 @@ STEPS: dict[str, tuple[Plant, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", quick(STEPS, "early", "biased"))
+@pytest.mark.parametrize("name", quick(STEPS, "early", "biased", "beta2", "unclipped", "no decay", "L2"))
 def test_a_wrong_update_is_named(case: Case, name: str):
     plant, expected = STEPS[name]
     assert first_cause(case, plant, optimizer.NAME) == (expected, True, [])

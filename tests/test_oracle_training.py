@@ -350,10 +350,13 @@ STEPS: dict[str, tuple[Plant, str]] = {
 
 
 QUICK = ("decay applied to norms and biases",)
+"""The others cost two compilations of a step; `make test` has them in steps that are not compiled, in
+test_oracle_repairs_training.py."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STEPS]
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else [pytest.mark.slow, pytest.mark.exhaustive]) for name in STEPS],
 )
 def test_a_wrong_step_is_named_by_what_undoes_it(gpt2: Case, name: str):
     plant, tap = STEPS[name]
