@@ -145,7 +145,8 @@ def _ends_of_repeats(size: Int[Array, "B"], history: History) -> Bool[Array, "B 
 
     def unfinished(carry: tuple[Array, Array]) -> Array:
         back, same = carry
-        return (back < size.max()) & same.any()
+        # Row by row: one that is done with short n-grams must not keep another's million going.
+        return ((back < size) & same.any(axis=1)).any()
 
     def compare(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         back, same = carry
