@@ -108,7 +108,8 @@ def _in_one_piece(path: Path, header: Header) -> bool:
     one_shard = zarr["chunk_grid"]["configuration"]["chunk_shape"] == whole == inner.get("chunk_shape")
     named = inner.get("index_location", "end") == "end" and codec.get("name") == "sharding_indexed"
     default_key = zarr.get("chunk_key_encoding") == {"name": "default"}
-    return one_shard and named and default_key and inner.get("codecs") == plain
+    filled = zarr.get("fill_value", 0) == 0
+    return one_shard and named and default_key and filled and inner.get("codecs") == plain
 
 
 def _array_names(folder: Path) -> list[str]:

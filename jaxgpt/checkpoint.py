@@ -360,7 +360,7 @@ def _load_verified(
         headers = array_files.headers(path / "params", _below("params", sizes))
         _compare(config, headers, "file")
         _compare_dtypes(headers, described.dtypes, cast)
-        params = (_mapped(path, headers) if mapped else None) or _read_arrays(path, "params", headers)
+        params = _params(path, headers, mapped=mapped)
         state = None
         if train and (path / "train").is_dir():
             state = _read_arrays(path, "train", array_files.headers(path / "train", _below("train", sizes)))
@@ -416,12 +416,15 @@ def _below(tree: str, sizes: Mapping[str, int]) -> dict[str, int]:
     return {name.removeprefix(f"{tree}/"): size for name, size in sizes.items() if name.startswith(f"{tree}/")}
 
 
-def _mapped(path: Path, headers: Mapping[str, Header]) -> dict[str, np.ndarray] | None:
-    """Parameters as their files lie on disk; None where one is in pieces, which Orbax then puts together."""
+def _params(path: Path, headers: Mapping[str, Header], *, mapped: bool) -> dict[str, np.ndarray]:
+    """Parameters as their files lie on disk, or copies; where one is in pieces, Orbax puts them together.
+
+    Loading Orbax takes longer than reading a small model does.
+    """
     found: dict[str, np.ndarray] = {}
     for name, header in headers.items():
         array = array_files.mapped(path / "params" / name, header)
         if array is None:
-            return None
-        found[name] = array
+            return _read_arrays(path, "params", headers)
+        found[name] = array if mapped else np.array(array)
     return found
