@@ -196,6 +196,7 @@ def test_a_config_as_transformers_4_wrote_it_is_the_same_model(folder: Path, our
 
 @pytest.mark.slow
 @some("mistral")
+@pytest.mark.exhaustive
 def test_the_self_check_passes_on_an_imported_model(ours: Checkpoint):
     lines = check.check(str(ours.path)).lines
     assert [line for line in lines if line.status == "FAIL"] == []

@@ -72,7 +72,7 @@ def failed(line: CheckLine, *words: str) -> CheckLine:
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        ("gpt2", "float32"),
+        pytest.param("gpt2", "float32", marks=pytest.mark.exhaustive),
         ("llama", "bfloat16"),
         pytest.param("llama", "float32", marks=pytest.mark.exhaustive),
         pytest.param("gpt2", "bfloat16", marks=pytest.mark.exhaustive),

@@ -262,6 +262,7 @@ def test_everything_else_of_the_checkpoint_is_kept(pair: tuple[Checkpoint, Check
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_model_with_new_tokens_passes_its_check(models: Path):
     assert cli.main(["check", str(models / "qwen2-more"), "--no-memorize"]) == 0
 

@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-OFTEN = ("qwen2", "qwen3 with yarn")
+OFTEN = ("qwen3 with yarn",)
 """With a chat template and without, a tokenizer.json and hexadecimal keys, both 16-bit dtypes."""
 
 

@@ -45,8 +45,8 @@ def check_runs(runs: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_mesh_trains_as_one_device_does_and_its_checkpoint_is_the_same_bits_on_any_number(tmp_path: Path):
-    found = on_eight_devices(tmp_path, "gpt2 with dropout", "qwen2, tied, with remat")
-    assert len(found["compared"]) == 2
+    found = on_eight_devices(tmp_path, "gpt2 with dropout")
+    assert len(found["compared"]) == 1
     check_runs(found["compared"])
     # Saved from 8 devices, loaded onto 4, saved again, and so on; each writes its own part.
     assert found["crossed"] == {str(n): {"same": True, "files": n} for n in (8, 4, 2, 1)}
@@ -54,9 +54,9 @@ def test_a_mesh_trains_as_one_device_does_and_its_checkpoint_is_the_same_bits_on
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_rows_alone_or_weights_alone_split_eight_ways_and_odd_sizes(tmp_path: Path):
-    found = on_eight_devices(tmp_path, "gpt2 in eighths", "llama of odd sizes")
-    assert len(found["compared"]) == 3
+def test_rows_alone_or_weights_alone_split_eight_ways_odd_sizes_and_remat(tmp_path: Path):
+    found = on_eight_devices(tmp_path, "gpt2 in eighths", "llama of odd sizes", "qwen2, tied, with remat")
+    assert len(found["compared"]) == 4
     check_runs(found["compared"])
 
 

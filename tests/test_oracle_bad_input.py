@@ -325,6 +325,7 @@ def broken_checkpoint(place: Path, out: Path, value: float) -> Checkpoint:
     return checkpoint.load(out)
 
 
+@pytest.mark.exhaustive
 def test_weights_that_are_nan_are_the_models_fault(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     broken_checkpoint(place, tmp_path, np.nan)
     for reference in ([], ["--reference", str(place / "hf")]):

@@ -148,6 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_rungs_that_are_calibrated_are_those_that_ask_for_limits(folder: Path):
     listening = _Listening()
     candidate, reference = models.candidate(folder, "float32"), Reference.load(folder, "float32")
@@ -265,6 +266,7 @@ def test_the_oracles_own_limits_never_come_from_a_quick_plan(capsys: pytest.Capt
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_do_every_task_and_a_failure_is_raised_here():
     # A function of a small module: each process imports the one it is sent.
     assert sorted(workers.answers([[1, 4], [9]], math.isqrt, processes=2)) == [1, 2, 3]
@@ -286,6 +288,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_processes_end_with_the_one_that_was_killed(tmp_path: Path):
     script, files = tmp_path / "orphaned.py", [tmp_path / name for name in ("one", "two")]
     script.write_text(ORPHANED)

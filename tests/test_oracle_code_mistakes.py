@@ -129,14 +129,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.write(small, tmp_path_factory.mktemp("hf"), "float32", 5)
 
 
-def marked() -> list[object]:
-    return [
-        pytest.param(case, marks=pytest.mark.slow if case == "cached position" else pytest.mark.exhaustive)
-        for case in MISTAKES
-    ]
-
-
-@pytest.mark.parametrize("case", marked())
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MISTAKES)
 def test_a_wrong_line_is_the_one_cause_and_its_file_is_named(case: str, folder: Path, tmp_path: Path):
     file, line, wrong, name, tap = MISTAKES[case]
     for package in ("jaxgpt", "torchref", "oracle"):

@@ -177,6 +177,7 @@ def test_equivalent_mutants_change_no_bit_of_the_logits():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_optimizer_written_out_without_a_mistake_is_the_products():
     true = trial.subject("gpt2", "float32")
     candidate = optimized(Rules())(true.candidate)

@@ -179,9 +179,9 @@ FORWARDS: dict[str, tuple[str, Any, str]] = {
 
 
 def cases_of(table: dict[str, Any], quick: int) -> list[Any]:
-    """The first are quick enough for every run, of the others every fourth for `make test`."""
+    """The first are quick enough for every run, of the others every sixth for `make test`."""
     slow, exhaustive = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
-    marks = [[] if number < quick else exhaustive if number % 4 else slow for number in range(len(table))]
+    marks = [[] if number < quick else exhaustive if number % 6 else slow for number in range(len(table))]
     return [pytest.param(name, id=name.replace(" ", "_"), marks=mark) for name, mark in zip(table, marks, strict=True)]
 
 
@@ -298,6 +298,7 @@ def test_a_wrong_step_is_named_and_proved_by_undoing_it(cases: Any, cause: str):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_that_shakes_its_logits_is_unknown(cases: Any):
     def step(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, **rest: Any) -> Any:
         output, new = model.forward_cached(c, p, ids, counts, cache, **rest)

@@ -31,6 +31,7 @@ def bisected(family: str, place: Path, rungs: tuple[str, ...]) -> Report:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_wrong_row_is_named_and_its_repair_reaches_training_and_cached_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -76,7 +76,7 @@ def place(found: Report) -> tuple[str, str]:
 # -- True models -----------------------------------------------------------------------
 
 HEAVY = [
-    pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("llama", "bfloat16", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     *(
         pytest.param(family, dtype, marks=[pytest.mark.slow, pytest.mark.exhaustive])
         for family, dtype in (("llama", "float32"), ("gpt2", "bfloat16"))

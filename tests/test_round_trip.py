@@ -20,6 +20,7 @@ def in_process(capfd: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_that_goes_in_and_out_answers_with_the_same_tokens_everywhere(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

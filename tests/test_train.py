@@ -241,6 +241,7 @@ def test_sft_starts_from_a_checkpoint_and_changes_the_stage_not_the_tokenizer(ba
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sixteen_episodes_are_learned_by_heart_and_answered_greedily(data, tmp_path):
     import jaxgpt
 

@@ -164,6 +164,7 @@ def test_the_next_save_removes_leftovers_too(run: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_kill_while_orbax_writes_leaves_the_last_step(run: Path):
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/recovery')!r}]\n"

@@ -26,6 +26,7 @@ def trial(script: str, *words: object, seconds: int = 900) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_in_a_step_and_in_a_save_goes_on_as_if_nothing_had_happened():
     found = trial("reliability_kills.py", "--count", 2, "--steps", 8)
     assert (found["kills"], found["at_points_of_a_save"], found["problems"]) == (2, 1, 0)
