@@ -163,10 +163,10 @@ def layout(settings: MeshSettings, config: ModelConfig, batch_size: int, notices
             f"{config.num_key_value_heads} key/value heads; lower --tensor-parallel to one of {_divisors(heads)}"
         )
     data = settings.data_parallel or _data_devices(there // (fsdp * tensor), fsdp, batch_size, notices)
-    wanted = data * fsdp * tensor
-    product = f"data_parallel {data} × fsdp {fsdp} × tensor_parallel {tensor}"
-    if wanted > there or not data:
-        raise InputError(f"{product} needs {max(wanted, fsdp * tensor)} devices, JAX sees {there}; lower one of them")
+    wanted = max(data, 1) * fsdp * tensor
+    product = f"data_parallel {max(data, 1)} × fsdp {fsdp} × tensor_parallel {tensor}"
+    if wanted > there:
+        raise InputError(f"{product} needs {wanted} devices, JAX sees {there}; lower one of them")
     if jax.process_count() > 1 and wanted != there:
         raise InputError(f"{product} makes {wanted} devices, the processes have {there}; give a product of {there}")
     if batch_size % (data * fsdp):
