@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from reliability_recompiles import Compilations, varied
 
 from jaxgpt import cache as kv
 from jaxgpt import model, weights
@@ -414,37 +415,12 @@ def test_the_cache_is_updated_in_place():
     assert all(buffer.is_deleted() for buffer in buffers)
 
 
-class Compiled:
-    """Programs that XLA compiled since it was made, those of single operations included."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, duration_secs: float, **_: object) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-def varied(number: int) -> GenerationSettings:
-    """Every knob at another value."""
-    return GenerationSettings(
-        temperature=0.1 * (number % 12),
-        top_k=number % 7,
-        top_p=1.0 - 0.01 * number,
-        min_p=0.005 * number,
-        repetition_penalty=1.0 + 0.02 * (number % 5),
-        no_repeat_ngram_size=number % 4,
-        seed=number,
-        logprobs=number % 2 == 1,
-    )
-
-
 def test_after_warm_up_50_ragged_generations_compile_nothing_and_an_unwarmed_size_does():
     config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97)  # no other test's programs
     made = generator(config)
     buckets = Buckets.upto(batch=2, prompt=32, tokens=128)
     assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 47 programs"
-    compiled = Compiled()
+    compiled = Compilations()
     made.warm_up(buckets)
     # Two batches, each with two caches' two prefills and decode loop, and what single operations need
     # that no test before this one did.
