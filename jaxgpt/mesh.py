@@ -142,7 +142,8 @@ class Layout:
         """`model.forward`, each op with its parameters and output where this layout has them."""
         if self.mesh is None:
             return model.forward(config, params, ids, **given)
-        return model.forward(config, params, ids, replace=_ops(self, config), **given)
+        # Split after the cast as before it, or XLA gathers float32 first and casts what it gathered.
+        return model.forward(config, self.at_rest(params), ids, replace=_ops(self, config), **given)
 
 
 ALONE = Layout()
