@@ -96,11 +96,8 @@ def compared(names: list[str]) -> dict[str, Any]:
             spread = trained(config, settings, mesh.layout(asked, config, settings.batch_size, []))
             apart = np.abs(np.asarray(spread["reports"]) / np.asarray(alone["reports"]) - 1).max(0).tolist()
             spread["held_out"] = abs(spread["held_out"] / alone["held_out"] - 1)
-            found[f"{name}: {tuple(size or 1 for size in dataclasses.astuple(asked))}"] = {
-                **spread,
-                "losses": apart[0],
-                "norms": apart[1],
-            }
+            title = tuple(size or 1 for size in dataclasses.astuple(asked))
+            found[f"{name}: {title}"] = {**spread, "losses": apart[0], "norms": apart[1]}
     return found
 
 
