@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ import conftest
 import jax
 import numpy as np
 
-from jaxgpt import checkpoint, mesh
+from jaxgpt import checkpoint, loss, mesh
 from jaxgpt.config import ModelConfig
 from jaxgpt.gates import random_batch
-from jaxgpt.loss import evaluate
 from jaxgpt.mesh import Layout
 from jaxgpt.parallel_settings import MeshSettings
 from jaxgpt.settings import TrainSettings
@@ -66,7 +66,7 @@ def trained(config: ModelConfig, settings: TrainSettings, layout: Layout) -> dic
     state = initial_state(conftest.random_params(config), settings, layout)
     placed = layout.rows(batches(config), axis=1)
     some_rows = [random_batch(config, 16, 12), random_batch(config, 3, 12)]
-    held_out = evaluate(config, state.params, some_rows, "float32", layout)
+    held_out = loss.evaluate(config, state.params, some_rows, "float32", layout)
     train_step.clear_cache()
     before, reports = state, []
     for _ in range(5):
@@ -99,6 +99,15 @@ def compared(names: list[str]) -> dict[str, Any]:
             title = tuple(size or 1 for size in dataclasses.astuple(asked))
             found[f"{name}: {title}"] = {**spread, "losses": apart[0], "norms": apart[1]}
     return found
+
+
+def gathered(config: ModelConfig) -> list[str]:
+    """What XLA gathers where weights are split eight ways and computed in bfloat16: the names of those values."""
+    layout = mesh.layout(MeshSettings(1, 8), config, 16, [])
+    params = dict(layout.place(conftest.random_params(config)))
+    batch = layout.rows(random_batch(config, 16, 12))
+    program = loss._batch_sum.lower(config, params, batch, "bfloat16", layout).compile().as_text()
+    return re.findall(r" all-gather(?:-start)?\(%([\w.]+)", program)
 
 
 def crossed(folder: Path) -> dict[str, Any]:
@@ -154,4 +163,5 @@ def flat(tree: Any) -> dict[str, jax.Array]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"compared": compared(sys.argv[2:]), "crossed": crossed(Path(sys.argv[1]))}))
+    folder, *models = sys.argv[1:]
+    print(json.dumps({"compared": compared(models), "crossed": crossed(Path(folder)), "gathered": gathered(GPT2)}))
