@@ -1,8 +1,8 @@
 """One decoder for GPT-2, Llama, Mistral and Qwen: the ops of `jaxgpt.ops`, in the order of `jaxgpt.taps`.
 
 Read in this order: `run` (how the table of ops becomes a model), `forward` and
-`forward_cached` (the two ways in), `Transformer` (the same parameters as a Flax
-module, which defines and initialises them).
+`forward_cached` (the two ways in). `jaxgpt.transformer` defines and initialises the
+parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from jaxgpt import taps, weights
+from jaxgpt import taps
 from jaxgpt.cache import KVCache
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import FUNCTIONS, OpFunction
@@ -209,60 +208,6 @@ def forward_cached(
         lengths=cache.lengths + counts,
     )
     return Output(values["logits"], {op.tap: values[op.tap] for op in ops}), cache
-
-
-# -- Parameters as a Flax module -------------------------------------------------------
-
-
-class Module(nnx.Module):
-    """Parameters of one op or a group of them, initialised as GPT-2's: normal, ones, zeros."""
-
-    def add(self, name: str, shape: tuple[int, ...], scale: float, rngs: nnx.Rngs) -> None:
-        """Define the parameter `name`, below this module."""
-        head, _, rest = name.partition(".")
-        if rest:
-            if not hasattr(self, head):
-                setattr(self, head, Module())
-            getattr(self, head).add(rest, shape, scale, rngs)
-        elif head == "bias":
-            self.bias = nnx.Param(jnp.zeros(shape))
-        elif len(shape) == 1:
-            self.weight = nnx.Param(jnp.ones(shape))
-        else:
-            setattr(self, head, nnx.Param(scale * jax.random.normal(rngs.params(), shape)))
-
-
-class Transformer(Module):
-    """The model as a Flax NNX module: `Transformer(config, nnx.Rngs(0))(ids)` gives logits.
-
-    Its parameters are those of the name table, in float32. The rest of jaxgpt uses
-    it to define and initialise them and then works on the flat dict of `params`.
-    """
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
-        for parameter in weights.parameters(config):
-            self.add(parameter.name, parameter.shape, _initial_scale(config, parameter.name), rngs)
-
-    def params(self) -> dict[str, Array]:
-        """Flat parameters under the table's names."""
-        flat = nnx.to_flat_state(nnx.state(self, nnx.Param))
-        return {".".join(map(str, path)): variable[...] for path, variable in flat}
-
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of whole sequences, dropout off."""
-        return forward(self.config, self.params(), ids).logits
-
-
-def _initial_scale(config: ModelConfig, name: str) -> float:
-    # Each of the 2L residual branches adds variance to the stream (GPT-2 report, section 2.3).
-    ends_branch = name.endswith(("attn.out.kernel", "mlp.down.kernel"))
-    return config.initializer_range * ((2 * config.num_hidden_layers) ** -0.5 if ends_branch else 1.0)
-
-
-def init(config: ModelConfig, seed: int, placed: Mapping[str, Any] | None = None) -> dict[str, Array]:
-    """Fresh float32 parameters, the same wherever their shardings (`placed`) put them."""
-    return jax.jit(lambda: Transformer(config, nnx.Rngs(seed)).params(), out_shardings=placed)()
 
 
 def cast(params: Mapping[str, Any], dtype: Any) -> dict[str, Array]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxgpt import checkpoint, device, field_checks, mesh, model, preflight, processes
+from jaxgpt import checkpoint, device, field_checks, mesh, preflight, processes, transformer
 from jaxgpt.chat import PLAIN, TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
@@ -77,7 +77,7 @@ def _pretraining(settings: PretrainSettings) -> Run:
 
     batches, train = _batches(windows, train, notices, resumed)
     layout = _layout(settings, config, train, notices)
-    params = source.params if source else model.init(config, train.seed, layout.parameters(config))
+    params = source.params if source else transformer.init(config, train.seed, layout.parameters(config))
     held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
     if held_out:
         held_out.verify()

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import device, generate, model, weights
+from jaxgpt import device, generate, model, transformer, weights
 from jaxgpt.config import ModelConfig, to_hf
 from jaxgpt.presets import PRESETS
 from jaxgpt.settings import GenerationSettings
@@ -80,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     platform = device.use(args.device)
     config = PRESETS[args.preset]
-    params = model.cast(model.init(config, 0), args.dtype)
+    params = model.cast(transformer.init(config, 0), args.dtype)
     generator = generate.Generator(config, params, real_ids=config.vocab_size, stop_ids=[], dtype=jnp.dtype(args.dtype))
     made = peer(config, params, args.dtype, platform)
     rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import cache as kv
-from jaxgpt import device, model, sampling
+from jaxgpt import device, model, sampling, transformer
 from jaxgpt.generate import Conversation, Generator
 from jaxgpt.presets import PRESETS
 from jaxgpt.settings import GenerationSettings
@@ -118,7 +118,7 @@ def main() -> None:
     if args.hidden:
         narrow = {"hidden_size": args.hidden, "intermediate_size": 4 * args.hidden, "head_dim": args.hidden // 2}
         config = dataclasses.replace(config, **narrow, num_attention_heads=2, num_key_value_heads=1)
-    params = model.cast(model.init(config, 0), args.dtype)
+    params = model.cast(transformer.init(config, 0), args.dtype)
     generator = Generator(config, params, real_ids=config.vocab_size, stop_ids=(), dtype=jnp.dtype(args.dtype))
     result: dict[str, Any] = {
         "benchmark": "sampling",

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt import checkpoint, model
+from jaxgpt import checkpoint, transformer
 from jaxgpt.chat import PLAIN
 from jaxgpt.presets import PRESETS
 from jaxgpt.step_folder import Contents
@@ -32,7 +32,7 @@ def saved(folder: Path, preset: str) -> Path:
     config = dataclasses.replace(PRESETS[preset], vocab_size=tokenizer.model_vocab_size)
     contents = Contents(
         config=config,
-        params=model.init(config, 0),
+        params=transformer.init(config, 0),
         stage="base",
         compute_dtype="float32",
         eos_token_ids=[],

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt import device, flops, gates, model
+from jaxgpt import device, flops, gates, transformer
 from jaxgpt.config import ModelConfig
 from jaxgpt.presets import PRESETS
 from jaxgpt.settings import TrainSettings
@@ -75,7 +75,7 @@ def main() -> None:
     device.use(args.device)
     config = PRESETS[args.preset]
     settings = TrainSettings(batch_size=args.batch, sequence_length=args.time)
-    state = initial_state(model.init(config, 0), settings)
+    state = initial_state(transformer.init(config, 0), settings)
     batch = stacked([gates.random_batch(config, args.batch, args.time)])
     tokens = args.batch * args.time
     rate_of_matmuls = matmul_rate(config, tokens, args.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import cache, model
+from jaxgpt import cache, transformer
 from jaxgpt.buckets import Buckets
 from jaxgpt.generate import CHUNK, Conversation, Generator, Row
 from jaxgpt.generation_settings import GenerationSettings
@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     config = dataclasses.replace(PRESETS[parser.parse_args().preset], max_position_embeddings=128)
-    made = Generator(config, model.init(config, 0), real_ids=config.vocab_size, stop_ids=[], dtype="float32")
+    made = Generator(config, transformer.init(config, 0), real_ids=config.vocab_size, stop_ids=[], dtype="float32")
     buckets, compiled = Buckets.upto(batch=2, prompt=32, tokens=128), Compilations()
     made.warm_up(buckets)
     warm = compiled.reset()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import GPT2, LLAMA
 
-from jaxgpt import device_rates, flops, model
+from jaxgpt import device_rates, flops, model, transformer
 from jaxgpt.config import ModelConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 64}
@@ -21,7 +21,7 @@ def wide(config: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize("config", [wide(GPT2), wide(LLAMA)], ids=["gpt2", "llama"])
 def test_the_forward_takes_the_flops_that_xla_counts(config: ModelConfig):
     ids = jnp.zeros((2, 32), jnp.int32)
-    params = model.init(config, 0)
+    params = transformer.init(config, 0)
     forward = jax.jit(lambda params, ids: model.forward(config, params, ids).logits)
     counted = forward.lower(params, ids).compile().cost_analysis()["flops"] / ids.size
     by_formula = flops.forward_flops_per_token(config, ids.shape[1])
@@ -34,7 +34,7 @@ def test_the_forward_takes_the_flops_that_xla_counts(config: ModelConfig):
 @pytest.mark.parametrize("tied", [True, False])
 def test_decoding_reads_each_weight_once_rows_looked_up_not_and_the_cache(config: ModelConfig, tied: bool):
     config = dataclasses.replace(config, tie_word_embeddings=tied)
-    sizes = {name: array.size for name, array in model.init(config, 0).items()}
+    sizes = {name: array.size for name, array in transformer.init(config, 0).items()}
     looked_up = [sizes.get("embed.positions.weight", 0), 0 if tied else sizes["embed.tokens.weight"]]
     weights = sum(sizes.values()) - sum(looked_up)
     cache = 2 * config.num_key_value_heads * config.head_dim * 10

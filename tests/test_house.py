@@ -72,6 +72,12 @@ def test_text_and_data_need_no_jax(module: str):
     assert not loaded_by(module) & {*JAX, "torch"}
 
 
+def test_who_answers_from_weights_waits_for_no_library_of_training():
+    loaded = loaded_by("jaxgpt.lm")
+    assert "jax" in loaded
+    assert not loaded & {"flax", "optax", "orbax", "torch"}
+
+
 # -- Who names whom ----------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jaxtyping import TypeCheckError
 
-from jaxgpt import cache, model, taps, weights
+from jaxgpt import cache, model, taps, transformer, weights
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.taps import Wiring
 
@@ -142,23 +142,23 @@ def test_each_dropout_rate_moves_the_training_output_only(field: str):
 
 def test_fresh_weights_have_the_scale_the_config_says():
     config = dataclasses.replace(conftest.LLAMA, hidden_size=60, initializer_range=0.05)
-    params = model.init(config, seed=1)
+    params = transformer.init(config, seed=1)
     assert np.std(params["embed.tokens.weight"]) == pytest.approx(0.05, rel=0.05)
     assert np.std(params["layers.0.attn.q.kernel"]) == pytest.approx(0.05, rel=0.05)
     shrunk = 0.05 / np.sqrt(2 * config.num_hidden_layers)
     assert np.std(params["layers.0.mlp.down.kernel"]) == pytest.approx(shrunk, rel=0.05)
     assert np.all(np.asarray(params["final_norm.weight"]) == 1)
-    assert not np.array_equal(params["embed.tokens.weight"], model.init(config, seed=2)["embed.tokens.weight"])
+    assert not np.array_equal(params["embed.tokens.weight"], transformer.init(config, seed=2)["embed.tokens.weight"])
 
 
 def test_the_module_defines_exactly_the_parameters_of_the_name_table(config: ModelConfig):
-    made = jax.eval_shape(lambda: model.Transformer(config, nnx.Rngs(0)).params())
+    made = jax.eval_shape(lambda: transformer.Transformer(config, nnx.Rngs(0)).params())
     assert {name: array.shape for name, array in made.items()} == {p.name: p.shape for p in weights.parameters(config)}
 
 
 @some_families
 def test_the_module_computes_what_the_flat_parameters_do(config: ModelConfig):
-    module = model.Transformer(config, nnx.Rngs(0))
+    module = transformer.Transformer(config, nnx.Rngs(0))
     ids = conftest.random_ids(config, 1, 5)
     called = nnx.jit(lambda module, ids: module(ids))(module, ids)
     assert jnp.array_equal(called, logits(config, module.params(), ids))

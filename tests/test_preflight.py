@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, cli, device_memory, model, preflight, run_log
+from jaxgpt import checkpoint, cli, device_memory, preflight, run_log, transformer
 from jaxgpt.chat import CHATML
 from jaxgpt.checkpoint import Contents
 from jaxgpt.data.batches import empty_batch
@@ -62,7 +62,7 @@ def test_the_step_that_was_looked_at_is_not_compiled_again():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    state = initial_state(model.init(CONFIG, 0), STEP)
+    state = initial_state(transformer.init(CONFIG, 0), STEP)
     batches = stacked([random_batch(CONFIG, 12, 64)] * 2)
     compiled.clear()
     preflight.step_bytes(CONFIG, STEP, "float32", state)
@@ -108,7 +108,7 @@ def test_a_compiler_that_runs_out_of_memory_is_a_step_that_does_not_fit(monkeypa
         def lower(self, *_: object, **__: object) -> Lowered:
             return Lowered()
 
-    state = initial_state(model.init(CONFIG, 0), STEP)
+    state = initial_state(transformer.init(CONFIG, 0), STEP)
     monkeypatch.setattr(preflight, "train_step", Step())
     assert preflight.step_bytes(CONFIG, STEP, "float32", state) is None
 
@@ -213,7 +213,7 @@ def test_the_mask_of_the_first_batch_is_drawn_for_sft(data, tmp_path, capsys):
     tokenizer = TokenShards(data / "shards").tokenizer()
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.model_vocab_size)
     ids = list(tokenizer.stop_ids)
-    contents = Contents(config, model.init(config, 0), "base", "float32", ids, tokenizer, CHATML, {})
+    contents = Contents(config, transformer.init(config, 0), "base", "float32", ids, tokenizer, CHATML, {})
     checkpoint.save(tmp_path / "base", 1, contents).result()
     sft = ["sft", "--model", tmp_path / "base", "--data", data / "chats.jsonl", "--sequence-length", 64, "--dry-run"]
     assert cli.main([str(word) for word in (*sft, "--batch-size", 2, "--steps", 2, "--accept-loss")]) == 0

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, gates, run_log, train, training_loop
+from jaxgpt import checkpoint, gates, run_log, train, training_loop, transformer
 from jaxgpt.chat import CHATML
 from jaxgpt.data.encode import encode
 from jaxgpt.data.instructions import MICRO, generate
@@ -174,7 +174,7 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_
 
 def test_the_first_loss_of_a_fresh_model_must_be_near_ln_vocab(data, tmp_path, monkeypatch):
     config = train.model_config(MODEL, 448)
-    params = train.model.init(config, 0)
+    params = transformer.init(config, 0)
     assert abs(gates.check_fresh(config, params, "float32") - gates.uniform(config)) <= 0.3
     louder = {name: 30 * array for name, array in params.items()}
     with pytest.raises(InputError, match="a fresh model scores"):
