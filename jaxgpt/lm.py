@@ -121,7 +121,8 @@ class LM:
             messages: Any = prompt
             return chat.render(messages, tokenizer, self.template, generation_prompt=True).ids
         array = _array(prompt)
-        if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
+        # NumPy has no integer for an id of 20 digits; it is refused as any id outside the vocabulary is.
+        if array.ndim != 1 or not all(type(i) is int for i in array.tolist()):
             what = type(prompt).__name__
             raise InputError(f"a prompt must be text, a list of token ids, or a list of messages; got {what}")
         return array.tolist()

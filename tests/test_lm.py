@@ -160,7 +160,7 @@ def test_text_is_never_a_control_token(lm: LM):
         (b"abc", "a prompt must be text, a list of token ids, or a list of messages; got bytes"),
         (MESSAGES[0], "a prompt must be text, a list of token ids, or a list of messages; got dict"),
         (np.array(["ab"]), "a prompt must be text, a list of token ids, or a list of messages; got ndarray"),
-        ([1, 2**70], "a prompt must be text, a list of token ids, or a list of messages; got list"),
+        ([1, 2**70], f"token {2**70} outside vocabulary 0–{CONFIG.vocab_size - 1}"),
         ([CONFIG.vocab_size], f"token {CONFIG.vocab_size} outside vocabulary 0–{CONFIG.vocab_size - 1}"),
         ([1] * 90, "prompt is 90 tokens; limit 96 including 8 to generate"),
         ("a\ud800", "input is not valid Unicode at character 1 (U+D800)"),
