@@ -7,7 +7,7 @@ until its last tap has been taken; two such forwards advance in step.
 
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from threading import Event, Thread
 
 import torch
@@ -69,6 +69,8 @@ def stream(forward: Callable[[dict[str, torch.Tensor]], object], on_tap: OnTap =
             yield item
     finally:
         closed.set()
+        with suppress(Empty):  # or the forward would wait for room until it looks whether anybody reads
+            queue.get_nowait()
         thread.join()
 
 
