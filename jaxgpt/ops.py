@@ -261,7 +261,7 @@ def _dropout(rate_field: str) -> OpFunction:
     return dropout
 
 
-FUNCTIONS: Mapping[str, OpFunction] = {
+_OPS: Mapping[str, OpFunction] = {
     "embed": embed,
     "angles": angles,
     "attention_mask": attention_mask,
@@ -285,4 +285,7 @@ FUNCTIONS: Mapping[str, OpFunction] = {
     "attention_dropout": _dropout("attn_pdrop"),
     "residual_dropout": _dropout("resid_pdrop"),
 }
+
+# Inside a model's own `jit` these are inlined again, but each is traced once for every shape, not for every layer.
+FUNCTIONS: Mapping[str, OpFunction] = {name: jax.jit(op, static_argnums=0) for name, op in _OPS.items()}
 """The ops by the name the table gives them."""
