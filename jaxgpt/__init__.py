@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from jaxgpt.errors import InputError as InputError
     from jaxgpt.lm import LM as LM
     from jaxgpt.lm import Completion as Completion
-    from jaxgpt.lm import load as load
+    from jaxgpt.loading import load as load
 
 __version__ = "0.1.0"
 __all__ = ["Completion", "InputError", "LM", "__version__", "load"]
 
-_HOME = {"load": "jaxgpt.lm", "LM": "jaxgpt.lm", "Completion": "jaxgpt.lm", "InputError": "jaxgpt.errors"}
+_HOME = {"load": "jaxgpt.loading", "LM": "jaxgpt.lm", "Completion": "jaxgpt.lm", "InputError": "jaxgpt.errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The Python API: `lm = jaxgpt.load(DIR)`, then `lm.logits(ids)` and `lm.generate(prompts)`."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from jaxgpt.buckets import Buckets
 from jaxgpt.chat import Message, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
-from jaxgpt.device import use
 from jaxgpt.errors import InputError
 from jaxgpt.settings import GenerationSettings
 from jaxgpt.step_folder import DTYPES
@@ -67,7 +66,7 @@ class LM:
         self.template: Template | None = checkpoint.template
         self.stage: str = checkpoint.stage
         self.compute_dtype: str = compute_dtype or checkpoint.compute_dtype
-        self.params = model.cast(checkpoint.params, self.compute_dtype)
+        self.params = model.cast(_copied(checkpoint.params), self.compute_dtype)
         self.stop_ids = self._stop_ids(checkpoint)
         self.real_ids = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
         self.generator = generate.Generator(
@@ -310,23 +309,11 @@ def _texts(stop: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _copied(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters that still lie in their files, copied: JAX may take such memory as it is, and files change."""
+    return {name: jnp.array(array) if isinstance(array, np.memmap) else array for name, array in params.items()}
+
+
 @partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: model.Params, ids: jax.Array) -> jax.Array:
     return model.forward(config, params, ids).logits
-
-
-def load(directory: str, *, device: str = "auto", compute_dtype: str | None = None) -> LM:
-    """Load a checkpoint folder for inference; its weights, architecture and tokenizer are verified first.
-
-    Args:
-        directory: a run folder (its newest step is taken) or one step folder.
-        device: "auto", "cpu" or "gpu"; a device that is asked for and missing is an error.
-        compute_dtype: "float32", "bfloat16" or "float16" instead of the one recorded in the checkpoint.
-
-    Raises:
-        InputError: no checkpoint there, or one that fails a check; nothing loads silently wrong.
-    """
-    from jaxgpt import checkpoint
-
-    use(device)
-    return LM(checkpoint.load(directory), compute_dtype=compute_dtype)

@@ -263,9 +263,9 @@ def rendered_by_transformers(folder: Path) -> list[str]:
 
 def log_probabilities(model: Path, answers: Sequence[Answer]) -> list[np.ndarray]:
     """jaxgpt's (tokens, V) at each of its answers' tokens."""
-    from jaxgpt import lm
+    from jaxgpt.loading import load
 
-    loaded = lm.load(str(model))
+    loaded = load(str(model))
     found: list[np.ndarray] = []
     for answer in answers:
         logits = loaded.logits([answer.prompt + answer.ids[:-1]])[0, len(answer.prompt) - 1 :].astype(np.float64)

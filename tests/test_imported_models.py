@@ -17,7 +17,7 @@ import small_vocabularies as small
 import torch
 from conftest import CONFIGS, random_params
 
-from jaxgpt import chat, cli, lm, weights
+from jaxgpt import chat, cli, lm, loading, weights
 from jaxgpt.chat import TEMPLATES, Message
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
@@ -126,7 +126,7 @@ def use(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     ran(capsys, "import", source, model, "--verify")
     assert ran(capsys, "check", model).endswith("\nPASS\n")
     assert json.loads(ran(capsys, "bench", model, "--iterations", 1))["max_tokens"] >= 2
-    loaded = lm.load(str(model))
+    loaded = loading.load(str(model))
     sft = ("sft", "--model", model, "--data", data, "--out", tmp_path / "tuned", "--steps", 1, "--batch-size", 1)
     if loaded.tokenizer is None:
         assert "has no tokenizer" in refusal(capsys, "chat", model)

@@ -14,9 +14,10 @@ from hostile_pt import FLOATS, a_tensor, archive, saved
 from nano_files import SIZES, nano_file, nano_state
 from torch import nn
 
-from jaxgpt import checkpoint, lm
+from jaxgpt import checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.formats import importing, pt_file
+from jaxgpt.loading import load
 
 # -- A plain re-implementation of nanoGPT's forward --------------------------------------
 
@@ -49,7 +50,7 @@ IDS = torch.randint(0, SIZES["vocab_size"], (3, SIZES["block_size"]), generator=
 
 def logits_of(source: Path, out: Path, **settings: Any) -> tuple[np.ndarray, list[str]]:
     notices = importing.import_model(source, out, verify=True, **settings)
-    return lm.load(out).logits(IDS.tolist()), notices
+    return load(out).logits(IDS.tolist()), notices
 
 
 def assert_same_function(logits: np.ndarray, state: "OrderedDict[str, torch.Tensor]") -> None:

@@ -12,9 +12,9 @@ import torch
 import transformers
 from test_hf_format import DTYPES, same_bits, stock
 
-from jaxgpt import lm
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf, hf_weights, importing
+from jaxgpt.loading import load
 
 IDS = torch.randint(0, 127, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -50,7 +50,7 @@ def test_logits_are_those_of_transformers(name: str, shards: int, tmp_path: Path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         truth = theirs(IDS).logits.double().log_softmax(-1)
-    found = torch.from_numpy(np.array(lm.load(tmp_path / "ours").logits(IDS.tolist()))).double().log_softmax(-1)
+    found = torch.from_numpy(np.array(load(tmp_path / "ours").logits(IDS.tolist()))).double().log_softmax(-1)
     assert float((truth.exp() * (truth - found)).sum(-1).max()) < 1e-8
 
 

@@ -29,10 +29,11 @@ class _Timing:
 
 def bench(settings: BenchSettings, output: Output) -> int:
     """Measure; the last line of stdout is JSON. Exit code 1 below the floor."""
-    from jaxgpt import device, device_memory, lm
+    from jaxgpt import device, device_memory
+    from jaxgpt.loading import load
 
     with waiting("loading"):
-        loaded = lm.load(settings.directory, device=settings.device, compute_dtype=settings.compute_dtype)
+        loaded = load(settings.directory, device=settings.device, compute_dtype=settings.compute_dtype)
     settings = settings if "--max-tokens" in output.given else _within_context(loaded, settings)
     prompt = _prompt(loaded, settings)
     compiled = _CompileCount()

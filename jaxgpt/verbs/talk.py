@@ -146,10 +146,10 @@ def _fields(chosen: GenerationSettings) -> dict[str, Any]:
 
 
 def _load(settings: GenerateSettings | ChatSettings, output: Output) -> "LM":
-    from jaxgpt import lm
+    from jaxgpt.loading import load
 
     with waiting("loading"):
-        loaded = lm.load(settings.directory, device=settings.device, compute_dtype=settings.compute_dtype)
+        loaded = load(settings.directory, device=settings.device, compute_dtype=settings.compute_dtype)
     if output.settings.debug:
         names = (f"{i} {loaded.tokenizer.token_name(i) if loaded.tokenizer else ''}" for i in loaded.stop_ids)
         output.note(f"stop tokens: {', '.join(names) or 'none'}; compute dtype: {loaded.compute_dtype}")

@@ -1,0 +1,30 @@
+"""From a checkpoint folder to a model that answers: what `jaxgpt.load` is."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from jaxgpt import checkpoint
+
+if TYPE_CHECKING:
+    from jaxgpt.lm import LM
+
+
+def load(directory: str, *, device: str = "auto", compute_dtype: str | None = None) -> "LM":
+    """Load a checkpoint folder for inference; its weights, architecture and tokenizer are verified first.
+
+    Args:
+        directory: a run folder (its newest step is taken) or one step folder.
+        device: "auto", "cpu" or "gpu"; a device that is asked for and missing is an error.
+        compute_dtype: "float32", "bfloat16" or "float16" instead of the one recorded in the checkpoint.
+
+    Raises:
+        InputError: no checkpoint there, or one that fails a check; nothing loads silently wrong.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        # Weights are hashed while JAX is imported: either takes a second, and they want different things.
+        reading = reader.submit(checkpoint.load, directory, mapped=True)
+        from jaxgpt.device import use
+        from jaxgpt.lm import LM
+
+        use(device)
+        return LM(reading.result(), compute_dtype=compute_dtype)
