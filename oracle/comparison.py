@@ -1,7 +1,8 @@
 """What is compared with what: everything a rung, a diagnosis or a repair may look at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from oracle import probe
 from oracle.candidate import Candidate
@@ -24,6 +25,8 @@ class Comparison:
     seed: int = 0
     stop_ids: tuple[int, ...] | None = None
     """Ids that end a text in a checkpoint without a tokenizer; None where the candidate's text side has them."""
+    measured: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the rung operators measured of this reference on these inputs: see its `Measured`."""
 
     @property
     def real_ids(self) -> int:

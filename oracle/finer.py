@@ -37,7 +37,8 @@ def look(
     if broken.name not in LATE or not hides(comparison.candidate.dtype) or place is None or large:
         return None
     candidate = replace(comparison.candidate, dtype=DTYPE)
-    fine = replace(comparison, candidate=candidate, reference=Reference.load(place, DTYPE), export=None)
+    reference = Reference.load(place, DTYPE)
+    fine = replace(comparison, candidate=candidate, reference=reference, export=None, measured={})
     before = RUNGS[: RUNGS.index(broken.name)]
     found = ladder.climb(fine, rungs=before, progress=progress).broken
     return (fine, found) if found else None

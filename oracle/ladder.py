@@ -33,7 +33,9 @@ LADDER: dict[str, Rung] = {
     ids.NAME: ids.run,
     bits.NAME: lambda c: bits.run(c.candidate, c.export, c.source),
     statistics.NAME: statistics.run,
-    operators.NAME: lambda c: operators.run(c.candidate, c.reference, c.sequences(), c.judge(operators.NAME)),
+    operators.NAME: lambda c: operators.run(
+        c.candidate, c.reference, c.sequences(), c.judge(operators.NAME), c.measured
+    ),
     forward.NAME: forward.run,
     loss.NAME: loss.run,
     gradients.NAME: gradients.run,

@@ -34,10 +34,13 @@ Function = Callable[..., Any]
 class Case:
     candidate: Candidate
     reference: Reference
+    measured: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    """Of the true ops, which are most of every case."""
 
     def bisect(self, replace: dict[str, Function], **changed: Any) -> Report:
         candidate = dataclasses.replace(self.candidate, replace=replace, **changed)
-        comparison = Comparison(candidate, self.reference, None, None, noise.stored_calibration(), SEED)
+        given = noise.stored_calibration(), SEED
+        comparison = Comparison(candidate, self.reference, None, None, *given, measured=self.measured)
         return diagnosis.bisect(comparison, rungs=("operators",))
 
 
@@ -50,13 +53,14 @@ def how(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]:
-    made: dict[tuple[str, str], Case] = {}
+    made: dict[tuple[str, str, bool], Case] = {}
 
     def case(family: str, dtype: str = "float32") -> Case:
-        if (family, dtype) not in made:
+        key = family, dtype, bool(jax.config.jax_disable_jit)
+        if key not in made:
             folder: Path = models.write(FAMILIES[family], tmp_path_factory.mktemp(family), dtype, SEED)
-            made[family, dtype] = Case(models.candidate(folder, dtype), Reference.load(folder, dtype))
-        return made[family, dtype]
+            made[key] = Case(models.candidate(folder, dtype), Reference.load(folder, dtype))
+        return made[key]
 
     return case
 

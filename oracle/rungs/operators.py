@@ -6,7 +6,7 @@ values, with the same cast parameters. So a difference is the op's own, whatever
 came before it. The cache's store, which has no activations to be fed, gets random ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,13 +40,20 @@ SMALL_ROWS = 16
 EDGE = "window edge"
 """A mask with a window is also asked for tokens at its end, which the probe may not reach."""
 
+Answer = tuple[list[Finding], np.dtype]
+"""Findings of one op, and the dtype in which the candidate answers."""
+Measured = dict[tuple[Hashable, ...], tuple[Answer, Mapping[str, Any]]]
+"""Answers with the parameters they were given: a repair changes one op, and the others need not run again."""
 
-def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) -> RungResult:
+
+def run(
+    candidate: Candidate, reference: Reference, probe: Probe, judge: Judge, measured: Measured | None = None
+) -> RungResult:
     """One finding per op in execution order (norms, stores and windows: two), then one per tap the candidate lacks."""
     findings: list[Finding] = []
     with closing(reference.truth.stream(probe)) as items:
         reader = Reader(items)
-        local = Walk(candidate, reference, probe, judge)
+        local = Walk(candidate, reference, probe, judge, measured)
         for op in local.ops:
             findings += local.findings(op, reader)
         findings += [judge.missing(Op(tap, "", ()), "candidate") for tap in reader.rest()]
@@ -59,8 +66,16 @@ def run(candidate: Candidate, reference: Reference, probe: Probe, judge: Judge) 
 class Walk:
     """The walk over the ops: holds the reference's activations for as long as an op needs them."""
 
-    def __init__(self, candidate: Candidate, reference: Reference, probe: Probe, judge: Judge):
+    def __init__(
+        self,
+        candidate: Candidate,
+        reference: Reference,
+        probe: Probe,
+        judge: Judge,
+        measured: Measured | None = None,
+    ):
         self.candidate, self.reference, self.judge = candidate, reference, judge
+        self.measured = {} if measured is None else measured
         uncached = {op.tap: op for op in ops(candidate.config)}
         self.ops = tuple(uncached.get(op.tap, op) for op in ops(candidate.config, Wiring(cached=True)))
         given = model_inputs.of_sequences(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
@@ -115,10 +130,13 @@ class Walk:
                 self.values.pop(name, None)
 
     def _answer_dtype(self, op: Op) -> np.dtype:
+        inputs = [self.values[name] for name in op.inputs]
+        if (known := self._known(op, inputs, "")) is not None:
+            return known[1]
         function = partial(self.candidate.function(op), self.candidate.config)
         parameters = model.leaves(self.candidate.params, op.parameters) if op.parameters else {}
         try:
-            return jax.eval_shape(function, parameters, *(self.values[name] for name in op.inputs)).dtype
+            return jax.eval_shape(function, parameters, *inputs).dtype
         except (TypeError, ValueError, IndexError):
             return np.dtype(self.candidate.dtype)
 
@@ -130,9 +148,30 @@ class Walk:
 
     def compare(self, op: Op, inputs: list[np.ndarray], where: str = "") -> tuple[list[Finding], np.dtype]:
         """Candidate, truth and peer on the same inputs; the dtype in which the candidate answers."""
+        if (known := self._known(op, inputs, where)) is not None:
+            return list(known[0]), known[1]
         truth = self.reference.truth.run_op(op, inputs)
         peer = self.reference.peer.run_op(op, inputs)
-        return measure(self.candidate, self.reference, op, inputs, truth, peer, self.judge, where)
+        answer = measure(self.candidate, self.reference, op, inputs, truth, peer, self.judge, where)
+        self.measured[self._question(op, inputs, where)] = answer, self._leaves(op)
+        return answer
+
+    def _known(self, op: Op, inputs: list[np.ndarray], where: str) -> Answer | None:
+        """What was measured before, if the op and its parameters are the same now."""
+        answer, before = self.measured.get(self._question(op, inputs, where), (None, {}))
+        now = self._leaves(op)
+        same = before.keys() == now.keys() and all(before[name] is leaf for name, leaf in now.items())
+        return answer if same else None
+
+    def _question(self, op: Op, inputs: list[np.ndarray], where: str) -> tuple[Hashable, ...]:
+        """What a finding depends on beside the parameters; the inputs are the reference's, so that their dtypes do."""
+        chosen = self.candidate
+        dtypes = (str(array.dtype) for array in inputs)
+        return op, where, chosen.function(op), chosen.config, chosen.dtype, *dtypes
+
+    def _leaves(self, op: Op) -> Mapping[str, Any]:
+        """As the checkpoint stores them: the same objects in every changed candidate."""
+        return {name: leaf for name, leaf in self.candidate.stored.items() if name.startswith(f"{op.parameters}.")}
 
 
 def measure(
@@ -319,7 +358,8 @@ def sites(comparison: Comparison, findings: Sequence[Finding]) -> Iterator[Site]
         wanted.setdefault(finding.tap, []).append(finding)
     probe, judge = comparison.sequences(), comparison.judge(NAME)
     with closing(comparison.reference.truth.stream(probe)) as items:
-        walk, reader = Walk(comparison.candidate, comparison.reference, probe, judge), Reader(items)
+        walk = Walk(comparison.candidate, comparison.reference, probe, judge, comparison.measured)
+        reader = Reader(items)
         for op in walk.ops:
             for finding in wanted.pop(op.tap, []):
                 yield _op_site(comparison, finding, op, walk)
