@@ -323,23 +323,40 @@ def load(
     directory = Path(directory).absolute()
     if train and tidy and steps(directory):
         _clean(directory)
-    candidates = step_folder.candidates(directory, step)
-    notices: list[str] = []
+    verified = verify(directory, train=train, step=step, fallback=fallback)
+    found = read(verified, train=train, cast=cast, mapped=mapped)
+    if train and tidy:
+        _set_aside(verified.damaged)
+    return found
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A step of which every file is what its manifest says."""
+
+    path: Path
+    sizes: Mapping[str, int]
+    """Bytes of each file."""
+    damaged: Sequence[Path]
+    """Newer steps, which are not."""
+    problems: Sequence[str]
+    """What is wrong with each of those."""
+
+
+def verify(directory: str | Path, *, train: bool = False, step: int | None = None, fallback: bool = False) -> Verified:
+    """The first half of `load`, which imports nothing: a thread may do it while others import what `read` needs."""
+    candidates = step_folder.candidates(Path(directory).absolute(), step)
+    problems: list[str] = []
     for number, path in enumerate(candidates):
-        name = step_folder.title(path)
         try:
             sizes = manifest.verify(path, unhashed=() if train else ("train",))
         except InputError as error:
-            notices.append(f"{name}: {error}")
+            problems.append(f"{step_folder.title(path)}: {error}")
             if fallback and path != candidates[-1]:
                 continue
             remedy = "no verified step is left" if fallback else "restore it or load an older step"
-            raise CheckpointError(f"{'; '.join(notices)}; {remedy}") from None
-        found = _load_verified(path, name, sizes, train=train, cast=cast, mapped=mapped)
-        if train and tidy:
-            _set_aside(candidates[:number])
-        found.notices.extend(f"{notice}; using verified step {found.step}" for notice in notices)
-        return found
+            raise CheckpointError(f"{'; '.join(problems)}; {remedy}") from None
+        return Verified(path, sizes, candidates[:number], problems)
     raise AssertionError("there is at least one candidate")
 
 
@@ -351,9 +368,9 @@ def _set_aside(damaged: Sequence[Path]) -> None:
         os.rename(path, aside)
 
 
-def _load_verified(
-    path: Path, name: str, sizes: Mapping[str, int], *, train: bool, cast: str | None, mapped: bool
-) -> Checkpoint:
+def read(verified: Verified, *, train: bool = False, cast: str | None = None, mapped: bool = False) -> Checkpoint:
+    """The second half of `load`."""
+    path, sizes = verified.path, verified.sizes
     try:
         described = step_folder.read(path)
         config = described.config
@@ -365,7 +382,7 @@ def _load_verified(
         if train and (path / "train").is_dir():
             state = _read_arrays(path, "train", array_files.headers(path / "train", _below("train", sizes)))
     except InputError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+        raise CheckpointError(f"{step_folder.title(path)}: {error}") from None
     if cast is not None:
         params = {key: array.astype(dtype_of(cast)) for key, array in params.items()}
     return Checkpoint(
@@ -381,6 +398,7 @@ def _load_verified(
         params=params,
         train=state,
         train_json=step_folder.document(path, step_folder.TRAIN) if train else None,
+        notices=[f"{problem}; using verified step {described.step}" for problem in verified.problems],
     )
 
 

@@ -20,11 +20,11 @@ def load(directory: str, *, device: str = "auto", compute_dtype: str | None = No
     Raises:
         InputError: no checkpoint there, or one that fails a check; nothing loads silently wrong.
     """
-    with ThreadPoolExecutor(1) as reader:
-        # Weights are hashed while JAX is imported: either takes a second, and they want different things.
-        reading = reader.submit(checkpoint.load, directory, mapped=True)
+    with ThreadPoolExecutor(1) as verifier:
+        # Files are hashed while JAX is imported. Nothing else: two threads that import JAX would meet halfway.
+        verified = verifier.submit(checkpoint.verify, directory)
         from jaxgpt.device import use
         from jaxgpt.lm import LM
 
         use(device)
-        return LM(reading.result(), compute_dtype=compute_dtype)
+        return LM(checkpoint.read(verified.result(), mapped=True), compute_dtype=compute_dtype)
