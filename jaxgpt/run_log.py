@@ -180,7 +180,8 @@ def picture(folder: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # All labels fit into the usual margins; a layout that measures them draws everything twice.
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", label="training")

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from bare_runs import bare
 
 from jaxgpt import checkpoint, gates, run_log, train, training_loop, transformer
 from jaxgpt.chat import CHATML
@@ -21,8 +22,10 @@ from jaxgpt.tokenizer import Tokenizer
 
 MODEL = ModelSettings(preset="llama-tiny", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, dropout=0.1)
 TRAIN = TrainSettings(
-    steps=8, batch_size=2, accumulate=2, sequence_length=32, warmup_steps=2, save_every=3, eval_every=4, eval_batches=2
+    steps=8, batch_size=2, accumulate=2, sequence_length=64, warmup_steps=2, save_every=3, eval_every=4, eval_batches=2
 )
+PATIENT = {"eval_every": 1, "patience": 2, "warmup_steps": 4}
+"""Steps are compiled for their settings: tests that can share them."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,11 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = train.pretrain(settings(data, out))
     assert (result.step, result.stop_reason) == (8, "steps")
     return out
+
+
+@pytest.fixture(autouse=True)
+def _other_runs_are_bare(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare(monkeypatch)
 
 
 def settings(data: Path, out: Path, **changes: object) -> PretrainSettings:
@@ -168,7 +176,7 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_
     with pytest.raises(InputError, match=last):
         train.pretrain(settings(data, out))
     assert steps(out) == [3, 6], "what was saved before stands"
-    assert np.load(out / "bad-batch-00000007.npz")["ids"].shape == (2, 2, 32)
+    assert np.load(out / "bad-batch-00000007.npz")["ids"].shape == (2, 2, 64)
     assert [record["step"] for record in run_log.read(out) if record["event"] == "skipped"] == [5, 6, 7]
 
 
@@ -198,8 +206,7 @@ def test_a_loaded_model_worse_than_a_guess_points_to_the_oracle(data, base, tmp_
 
 def test_early_stopping_says_so_and_never_fires_in_warm_up(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_loop, "evaluate", lambda *_: 3.0)
-    chosen = settings(data, tmp_path / "out", eval_every=1, patience=2, warmup_steps=4)
-    result = train.pretrain(chosen)
+    result = train.pretrain(settings(data, tmp_path / "out", **PATIENT))
     assert (result.stop_reason, result.step) == ("patience", 6)
     assert "stopping early: no better validation loss in 2 validations" in capsys.readouterr().err
 
@@ -208,9 +215,9 @@ def test_a_validation_that_is_not_finite_is_never_the_best_and_does_not_keep_the
     data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(training_loop, "evaluate", lambda *_: float("nan"))
-    result = train.pretrain(settings(data, tmp_path / "out", steps=1))
+    result = train.pretrain(settings(data, tmp_path / "out", **PATIENT))
     assert (result.validation_loss, result.best_validation_loss) == (None, None)
-    assert steps(tmp_path / "out") == [1]
+    assert steps(tmp_path / "out") == [3, 6]
 
 
 def test_the_log_has_what_doctor_needs_and_the_loss_is_drawn(base):
@@ -230,7 +237,7 @@ def test_the_log_has_what_doctor_needs_and_the_loss_is_drawn(base):
 def test_sft_starts_from_a_checkpoint_and_changes_the_stage_not_the_tokenizer(base, tmp_path):
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in MICRO))
-    chosen = dataclasses.replace(TRAIN, steps=2, sequence_length=64, epochs=10, accept_loss=True)
+    chosen = dataclasses.replace(TRAIN, steps=2, epochs=10, accept_loss=True)
     train.sft(SFTSettings(model=str(base), data=str(chats), out=str(tmp_path / "sft"), train=chosen))
     tuned, source = checkpoint.load(tmp_path / "sft"), checkpoint.load(base)
     assert (source.stage, tuned.stage) == ("base", "sft")
@@ -266,7 +273,7 @@ def test_model_overrides_keep_the_shape_consistent():
 
 
 def test_the_device_in_use_is_said(data, base, capsys, tmp_path):
-    train.pretrain(settings(data, tmp_path / "out", steps=1))
+    train.pretrain(settings(data, tmp_path / "out"))
     assert f"float32 on {jax.devices()[0].device_kind}" in capsys.readouterr().err
 
 
@@ -282,7 +289,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_first_goes_on(data
         with pytest.raises(InputError, match=r"another run is writing into .*out; wait for it, or give another --out"):
             train.pretrain(settings(data, out))
         assert not list(out.iterdir())
-    assert train.pretrain(settings(data, out, steps=1)).step == 1
+    assert train.pretrain(settings(data, out)).step == 8
 
 
 def test_a_flipped_bit_in_a_shard_stops_the_run_and_names_the_file(data, tmp_path):

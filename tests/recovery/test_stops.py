@@ -3,10 +3,12 @@
 import errno
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_runs import bare
 from reliability_run import encode_text
 
 from jaxgpt import checkpoint, run_log, train, training_loop
@@ -19,6 +21,13 @@ TRAIN = TrainSettings(
 MODEL = ModelSettings(
     preset="llama-tiny", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bare_runs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        bare(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
