@@ -8,7 +8,10 @@ decides anything, or the others wait in a collective that never comes.
 import atexit
 import os
 import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +25,10 @@ GONE = (
 )
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]oordination|[Hh]eartbeat")
 """What JAX says of a collective whose other side is not there."""
+_PATIENCE = 300
+"""Seconds that processes wait for each other at the start: a cluster does not start all of them at once."""
+_SILENCE = 10
+"""Seconds of waiting after which a person is told of it."""
 
 
 def count() -> int:
@@ -105,12 +112,18 @@ def _join(settings: ProcessSettings) -> None:
 
     # The loop takes signals itself, and all processes agree on the step to save.
     jax.config.update("jax_enable_preemption_service", False)
+    told = threading.Timer(_SILENCE, _tell_of_waiting, [settings.coordinator_address])
+    told.daemon = True
+    told.start()
     try:
+        if settings.coordinator_address and settings.process_id:
+            _reach(settings.coordinator_address)
         jax.distributed.initialize(
             settings.coordinator_address or None,
             settings.num_processes,
             settings.process_id,
             heartbeat_timeout_seconds=settings.heartbeat_timeout,
+            initialization_timeout=_PATIENCE,
         )
     except ValueError as error:
         raise InputError(
@@ -119,5 +132,28 @@ def _join(settings: ProcessSettings) -> None:
         ) from None
     except RuntimeError as error:
         raise InputError(f"--distributed: {' '.join(str(error).split())}") from None
+    finally:
+        told.cancel()
     # A process that is done waits there for the others, so that none takes it for dead.
     atexit.register(jax.distributed.shutdown)
+
+
+def _tell_of_waiting(address: str) -> None:
+    where = f" at {address}" if address else ""
+    print(f"waiting{where} for the other processes of this run, {_PATIENCE} s at most", file=sys.stderr, flush=True)
+
+
+def _reach(address: str) -> None:
+    """Wait for the first process, which JAX waits for as well, but then it aborts."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"--coordinator-address {address} cannot be reached for {_PATIENCE} s ({error}); process 0 must "
+                    "run there, with the same address"
+                ) from None
+        time.sleep(0.5)
