@@ -1,7 +1,9 @@
 """Vocabularies of other programs: the ids of the tokenizers library, the kind by content, nothing hostile loaded."""
 
+import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,9 +252,32 @@ def test_too_large_a_file_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "bytes; a vocabulary has at most 1,000" in refusal(small.as_json(tmp_path, "gpt-2"))
 
 
+_UNSEEN = itertools.count()
+
+
+def unseen(folder: Path) -> Path:
+    """A folder whose tokenizer.json has bytes that this process has not read before."""
+    with (small.as_json(folder, "gpt-2") / "tokenizer.json").open("a") as file:
+        file.write(f"\n{' ' * next(_UNSEEN)}\n")
+    return folder
+
+
 def test_a_tokenizer_that_computes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenizer_probe, "WALL_SECONDS", 0.001)
-    assert "is refused: it did not load and encode a few lines in 0.001 s" in refusal(small.as_json(tmp_path, "gpt-2"))
+    assert "is refused: it did not load and encode a few lines in 0.001 s" in refusal(unseen(tmp_path))
+
+
+def test_what_was_let_through_is_not_tried_again_and_what_was_refused_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = unseen(tmp_path / "one")
+    same = shutil.copytree(folder, tmp_path / "same")
+    verdicts = ["too slow", "", "too slow as well"]
+    monkeypatch.setattr(tokenizer_probe, "_tried", lambda _: verdicts.pop(0))
+    assert "is refused: too slow" in refusal(folder)
+    made(folder)
+    made(same)
+    assert "is refused: too slow as well" in refusal(unseen(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
