@@ -1,4 +1,6 @@
 import dataclasses
+from functools import partial
+from typing import Any
 
 import conftest
 import jax
@@ -13,15 +15,19 @@ from jaxgpt import cache, model, taps, transformer, weights
 from jaxgpt.config import ModelConfig, RopeScaling
 from jaxgpt.taps import Wiring
 
-forward = jax.jit(model.forward, static_argnums=0, static_argnames=("remat", "fused_attention"))
-forward_cached = jax.jit(model.forward_cached, static_argnums=0)
 some_families = pytest.mark.parametrize("config", often.exhaustive_but(often.FAMILIES, conftest.CONFIGS), indirect=True)
 
 
-# Half as much to compile as `forward`, which gives every tap too.
-logits = jax.jit(
-    lambda config, params, ids, rng=None: model.forward(config, params, ids, rng=rng).logits, static_argnums=0
-)
+# Half as much to compile as with every tap too.
+@partial(jax.jit, static_argnums=0, static_argnames=("remat", "fused_attention"))
+def logits(config: ModelConfig, params: model.Params, ids: jax.Array, **settings: Any) -> jax.Array:
+    return model.forward(config, params, ids, **settings).logits
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_cached(config: ModelConfig, *given: Any) -> tuple[jax.Array, cache.KVCache]:
+    output, kv = model.forward_cached(config, *given)
+    return output.logits, kv
 
 
 def logits_of(config: ModelConfig, **changes: object) -> np.ndarray:
@@ -118,7 +124,7 @@ def test_yarn_magnitude_is_that_of_factor_unless_both_mscales_or_the_factor_itse
 def test_a_window_hides_what_is_before_it_and_nothing_else():
     config = dataclasses.replace(conftest.LLAMA, sliding_window=3)
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 7)
-    mask = np.asarray(forward(config, params, ids).taps["mask"])[0, 0]
+    mask = np.asarray(jax.jit(lambda: model.forward(config, params, ids).taps["mask"])())[0, 0]
     assert mask.tolist() == [[query - 3 < key <= query for key in range(7)] for query in range(7)]
 
 
@@ -135,13 +141,13 @@ def test_each_dropout_rate_moves_the_training_output_only(field: str):
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 8)
     plain = logits(LLAMA, params, ids)
     assert jnp.array_equal(logits(config, params, ids), plain), "off without an rng"
-    one, two = (logits(config, params, ids, jax.random.key(seed)) for seed in (0, 1))
+    one, two = (logits(config, params, ids, rng=jax.random.key(seed)) for seed in (0, 1))
     assert not jnp.array_equal(one, plain)
     assert not jnp.array_equal(one, two)
 
 
 def test_fresh_weights_have_the_scale_the_config_says():
-    config = dataclasses.replace(conftest.LLAMA, hidden_size=60, initializer_range=0.05)
+    config = dataclasses.replace(LLAMA, hidden_size=60, initializer_range=0.05)
     params = transformer.init(config, seed=1)
     assert np.std(params["embed.tokens.weight"]) == pytest.approx(0.05, rel=0.05)
     assert np.std(params["layers.0.attn.q.kernel"]) == pytest.approx(0.05, rel=0.05)
@@ -185,11 +191,11 @@ def test_any_single_op_runs_alone_on_the_taps_it_reads(config: ModelConfig):
 
 
 def test_an_op_can_be_replaced_and_a_tap_fed_from_there_on_only():
-    config, tap = conftest.LLAMA, "layers.1.attn.q_rope"
+    config, tap = LLAMA, "layers.0.attn.q_rope"
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 6)
     plain = model.forward(config, params, ids).taps
     replaced = model.forward(config, params, ids, replace={tap: lambda config, p, x, angles: 2 * x}).taps
-    fed = model.forward(config, params, ids, feed={tap: 2 * plain["layers.1.attn.q_heads"]}).taps
+    fed = model.forward(config, params, ids, feed={tap: 2 * plain["layers.0.attn.q_heads"]}).taps
     at = list(plain).index(tap)
     for number, name in enumerate(plain):
         assert jnp.array_equal(replaced[name], fed[name]), name
@@ -231,10 +237,10 @@ def test_segments_keep_documents_apart():
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 9)
     segments = jnp.array([[1] * 4 + [2] * 5])
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    packed = forward(config, params, ids, positions=positions, segments=segments).logits[0, 4:]
-    alone = forward(config, params, ids[:, 4:]).logits[0]
+    packed = logits(config, params, ids, positions=positions, segments=segments)[0, 4:]
+    alone = logits(config, params, ids[:, 4:])[0]
     assert np.abs(packed - alone).max() < conftest.rounding(alone)
-    leaking = forward(config, params, ids, positions=positions).logits[0, 4:]
+    leaking = logits(config, params, ids, positions=positions)[0, 4:]
     assert np.abs(leaking - alone).max() > 100 * conftest.rounding(alone)
 
 
@@ -248,18 +254,18 @@ def test_cached_logits_equal_uncached_at_every_step_up_to_the_edge_of_the_contex
     ids = conftest.random_ids(config, 2, limit)
     full = np.asarray(logits(config, params, ids))
     lengths = np.array([60, 43])  # ragged: each row continues at its own slot
-    output, kv = forward_cached(
+    found, kv = logits_cached(
         config, params, ids[:, :60], jnp.asarray(lengths), cache.empty(config, 2, 128, jnp.float32)
     )
     tolerance = conftest.rounding(full)
     for row in range(2):
         n = lengths[row]
-        assert np.abs(output.logits[row, :n] - full[row, :n]).max() < tolerance
+        assert np.abs(found[row, :n] - full[row, :n]).max() < tolerance
     while lengths.max() < limit:
         here = jnp.asarray([[ids[row, lengths[row]]] for row in range(2)])
-        output, kv = forward_cached(config, params, here, jnp.ones(2, jnp.int32), kv)
+        found, kv = logits_cached(config, params, here, jnp.ones(2, jnp.int32), kv)
         for row in range(2):
-            assert np.abs(output.logits[row, 0] - full[row, lengths[row]]).max() < tolerance, lengths
+            assert np.abs(found[row, 0] - full[row, lengths[row]]).max() < tolerance, lengths
         lengths += 1
     assert np.array_equal(kv.lengths, lengths)
 
@@ -267,7 +273,7 @@ def test_cached_logits_equal_uncached_at_every_step_up_to_the_edge_of_the_contex
 def test_padding_of_a_ragged_batch_is_never_stored():
     config = conftest.LLAMA
     params, ids = conftest.random_params(config), conftest.random_ids(config, 2, 8)
-    _, kv = forward_cached(config, params, ids, jnp.array([3, 8]), cache.empty(config, 2, 64, jnp.float32))
+    _, kv = logits_cached(config, params, ids, jnp.array([3, 8]), cache.empty(config, 2, 64, jnp.float32))
     assert not np.asarray(kv.keys[0][0, :, 3:]).any()
     assert np.asarray(kv.keys[0][1, :, :8]).any(axis=(0, 2)).all()
 
@@ -276,19 +282,19 @@ def test_a_cache_position_off_by_one_is_seen():
     config = conftest.LLAMA
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 9)
     full = np.asarray(logits(config, params, ids)[0, 8])
-    _, kv = forward_cached(config, params, ids[:, :8], jnp.array([8]), cache.empty(config, 1, 64, jnp.float32))
+    _, kv = logits_cached(config, params, ids[:, :8], jnp.array([8]), cache.empty(config, 1, 64, jnp.float32))
     shifted = kv._replace(lengths=kv.lengths + 1)
-    right, _ = forward_cached(config, params, ids[:, 8:], jnp.array([1]), kv)
-    wrong, _ = forward_cached(config, params, ids[:, 8:], jnp.array([1]), shifted)
-    assert np.abs(right.logits[0, 0] - full).max() < conftest.rounding(full)
-    assert np.abs(wrong.logits[0, 0] - full).max() > 100 * conftest.rounding(full)
+    right, _ = logits_cached(config, params, ids[:, 8:], jnp.array([1]), kv)
+    wrong, _ = logits_cached(config, params, ids[:, 8:], jnp.array([1]), shifted)
+    assert np.abs(right[0, 0] - full).max() < conftest.rounding(full)
+    assert np.abs(wrong[0, 0] - full).max() > 100 * conftest.rounding(full)
 
 
 @some_families
 def test_remat_and_fused_attention_do_not_change_the_model(config: ModelConfig):
     params, ids = conftest.random_params(config), conftest.random_ids(config, 1, 6)
-    plain = forward(config, params, ids).logits
+    plain = logits(config, params, ids)
     for variant in ({"remat": True}, {"fused_attention": True}):
-        assert np.abs(forward(config, params, ids, **variant).logits - plain).max() < conftest.rounding(plain)
+        assert np.abs(logits(config, params, ids, **variant) - plain).max() < conftest.rounding(plain)
     inside = {f"layers.0.{tap}" for tap in taps.INTERNAL_TO_FUSED_ATTENTION}
     assert set(taps.names(config)) - set(taps.names(config, Wiring(fused_attention=True))) >= inside
