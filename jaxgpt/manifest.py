@@ -17,6 +17,8 @@ from jaxgpt.errors import InputError, first
 
 MANIFEST = "manifest.json"
 VERSION = 1
+WORTH_THREADS = 1 << 20
+"""Bytes in all; below them threads take longer to hand files on than to hash them."""
 
 
 def seal(folder: Path, hashed: Callable[[int], None] | None = None) -> None:
@@ -138,7 +140,10 @@ def spelled(listed: dict[str, dict[str, Any]]) -> str:
 
 
 def _digests(paths: Sequence[Path]) -> Iterator[str]:
-    """SHA-256 of each file, in order; two at a time, for hashing leaves the interpreter to others."""
+    """SHA-256 of each file, in order; large ones two at a time, for hashing leaves the interpreter to others."""
+    if sum(path.stat().st_size for path in paths) < WORTH_THREADS:
+        yield from map(sha256, paths)
+        return
     pool = ThreadPoolExecutor(2)
     try:
         yield from pool.map(sha256, paths)

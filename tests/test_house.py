@@ -4,11 +4,12 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ import jaxgpt
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("jaxgpt", "torchref", "oracle")
 SOURCES = sorted(path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py"))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parsed(path)))
+
 
 # -- Who loads what ----------------------------------------------------------------------
 
@@ -46,10 +58,21 @@ def third_party() -> frozenset[str]:
 @functools.cache
 def loaded_by(module: str) -> frozenset[str]:
     """Third-party packages that a fresh interpreter has loaded after `import module` and had not before."""
-    code = f"import sys; before = set(sys.modules); import {module}; print(*(set(sys.modules) - before))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert run.returncode == 0, f"import {module}: {run.stderr.strip()}"
-    return frozenset(name.partition(".")[0] for name in run.stdout.split()) & third_party()
+    return loaded_one_after_another([module])[module]
+
+
+def loaded_one_after_another(modules: Sequence[str]) -> dict[str, frozenset[str]]:
+    """The same of several in one interpreter: what one has loaded is not told of those after it."""
+    code = (
+        "import importlib, json, sys\nfor module in sys.argv[1:]:\n"
+        "    before = set(sys.modules); importlib.import_module(module)\n"
+        "    print(json.dumps([module, sorted(set(sys.modules) - before)]))"
+    )
+    command = [sys.executable, "-c", code, *modules]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, f"import {modules}: {run.stderr.strip()}"
+    found = dict[str, list[str]](map(json.loads, run.stdout.splitlines()))
+    return {module: frozenset(n.partition(".")[0] for n in names) & third_party() for module, names in found.items()}
 
 
 def every_data_module() -> list[str]:
@@ -57,9 +80,9 @@ def every_data_module() -> list[str]:
     return sorted({*NO_JAX, *found})
 
 
-@pytest.mark.parametrize("module", ONLY_NUMPY)
-def test_the_model_as_data_needs_only_numpy(module: str):
-    assert loaded_by(module) <= {"numpy"}
+def test_the_model_as_data_needs_only_numpy():
+    found = loaded_one_after_another(ONLY_NUMPY)
+    assert {module: names for module, names in found.items() if not names <= {"numpy"}} == {}
 
 
 @pytest.mark.parametrize("module", NOTHING)
@@ -67,9 +90,11 @@ def test_the_command_line_starts_on_the_standard_library_alone(module: str):
     assert loaded_by(module) == set()
 
 
-@pytest.mark.parametrize("module", every_data_module())
-def test_text_and_data_need_no_jax(module: str):
-    assert not loaded_by(module) & {*JAX, "torch"}
+def test_text_and_data_need_no_jax():
+    modules = every_data_module()
+    found = loaded_one_after_another(modules)
+    assert list(found) == modules
+    assert {module: names for module, names in found.items() if names & {*JAX, "torch"}} == {}
 
 
 def test_who_answers_from_weights_waits_for_no_library_of_training():
@@ -88,7 +113,7 @@ def module_name(path: Path) -> str:
 
 def imported_names(path: Path) -> Iterator[str]:
     """Absolute dotted names of every import statement, those inside functions included."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -147,7 +172,7 @@ def test_only_one_module_knows_orbax():
 def test_matplotlib_is_imported_where_the_picture_is_drawn():
     at_top = {"matplotlib", "matplotlib.pyplot"}
     for path in SOURCES:
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
                 assert not names & at_top, f"{module_name(path)} imports matplotlib at its top"
@@ -239,7 +264,7 @@ def test_the_license_is_the_unmodified_apache_2_text():
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             yield node.name, node.end_lineno - node.lineno + 1

@@ -120,7 +120,7 @@ def test_a_checkpoint_gives_the_ids_that_end_its_texts(tmp_path: Path, monkeypat
 # -- In the ladder ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [20, 32])
+@pytest.mark.parametrize("context", [pytest.param(20, marks=pytest.mark.exhaustive), 32])
 def test_another_context_fails_in_words_with_its_cause(made: Make, context: int):
     other = altered(made(LLAMA), max_position_embeddings=context)
     report = diagnosis.bisect(other, rungs=("operators", "forward"))
