@@ -1,6 +1,7 @@
 """The device asked for is the device used."""
 
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -15,6 +16,8 @@ def keep_programs() -> None:
     """Compiled programs stay in `~/.cache/jaxgpt` (or $JAX_COMPILATION_CACHE_DIR): a second start need not compile."""
     if _CACHE not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt"))
+        # Nobody asked for that folder: where it cannot be used, starts are slower, and nothing is wrong.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache", UserWarning)
     if _LEAST not in os.environ:
         # JAX keeps those that took a second; a small model has many that take less.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

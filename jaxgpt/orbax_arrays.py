@@ -4,6 +4,7 @@ It is imported where it is used: it is slow to load.
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,16 +60,21 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def _orbax() -> Any:
-    import logging
-
     # Orbax reports on its own thread what `Saving.result` raises, and warns of storage chosen on purpose.
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("asyncio").addFilter(_is_news)
     _hush_tensorstore()
     try:
         from orbax.checkpoint import v1 as ocp
     except ImportError:
         from orbax.checkpoint.experimental import v1 as ocp
     return ocp
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the other arrays of a save that failed, which is raised once."""
+    message = record.getMessage()
+    return "exception was never retrieved" not in message or "orbax" not in message
 
 
 @functools.cache
