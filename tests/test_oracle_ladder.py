@@ -26,7 +26,12 @@ TWO_LAYERS = {
     "gpt2": models.MODELS["gpt2"] | {"n_layer": 2, "n_positions": probe.EDGE + 2},
     "llama": models.MODELS["llama-square-biased-tied-linear"] | {"num_hidden_layers": 2, "max_position_embeddings": 40},
 }
-"""The cache of the first grows, that of the second does not, which compiles less."""
+"""The cache of the first grows, that of the second does not."""
+ONE_LAYER = {
+    "gpt2": TWO_LAYERS["gpt2"] | {"n_layer": 1},
+    "llama": TWO_LAYERS["llama"] | {"num_hidden_layers": 1},
+}
+"""For the whole ladder: layers are alike, and compiling them takes long."""
 SEED = 4321
 """Of weights and probes; no calibration run had it."""
 
@@ -41,12 +46,19 @@ class Case:
     folder: Path
     candidate: Candidate
     reference: Reference
+    measured: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    """Of the ops that are as they were in an earlier comparison."""
 
     def compare(self, candidate: Candidate | None = None, **options: Any) -> Report:
         chosen = candidate or self.candidate
-        calibration = noise.stored_calibration()
-        comparison = Comparison(chosen, self.reference, self.folder, self.folder, calibration, SEED)
+        folders, limits = (self.folder, self.folder), noise.stored_calibration()
+        comparison = Comparison(chosen, self.reference, *folders, limits, SEED, measured=self.measured)
         return ladder.climb(comparison, **options)
+
+
+def load(config: models.Config, dtype: str, folder: Path) -> Case:
+    models.write(config, folder, dtype, SEED)
+    return Case(dtype, folder, models.candidate(folder, dtype), Reference.load(folder, dtype))
 
 
 SLOW = [
@@ -59,11 +71,32 @@ SLOW = [
 """`make equivalence` climbs the ladder with every model in both dtypes."""
 
 
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forced steps show every fault planted here; true models are decoded to the edge."""
+    _decode(monkeypatch, lambda made: {"forced": [dataclasses.replace(made.forced[0], ids=made.forced[0].ids[:2])]})
+
+
+@pytest.fixture
+def short_decoding(short_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And two greedy ones, of the same shapes."""
+    _decode(monkeypatch, lambda made: {"prompts": made.forced[0].prompts, "new_tokens": [2] * 3})
+
+
+def _decode(monkeypatch: pytest.MonkeyPatch, change: Callable[[probe.DecodeProbe], Any]) -> None:
+    before = probe.decoding
+
+    def decoding(*arguments: Any) -> probe.DecodeProbe:
+        made = before(*arguments)
+        return dataclasses.replace(made, **change(made))
+
+    monkeypatch.setattr(probe, "decoding", decoding)
+
+
 @pytest.fixture(scope="module", params=["gpt2-float32", *SLOW])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, dtype = request.param.split("-")
-    folder = models.write(TWO_LAYERS[family], tmp_path_factory.mktemp(request.param), dtype, SEED)
-    return Case(dtype, folder, models.candidate(folder, dtype), Reference.load(folder, dtype))
+    return load(TWO_LAYERS[family], dtype, tmp_path_factory.mktemp(request.param))
 
 
 def place(found: Report) -> tuple[str, str, str]:
@@ -78,22 +111,22 @@ def place(found: Report) -> tuple[str, str, str]:
 # Llama's in bfloat16 is climbed in make test with a window, with biases and scaled RoPE: test_oracle_architectures.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
+    ("family", "dtype"),
     [
-        "gpt2-float32",
+        ("gpt2", "float32"),
         *(
-            pytest.param(name, marks=pytest.mark.exhaustive)
-            for name in ("llama-bfloat16", "llama-float32", "gpt2-bfloat16")
+            pytest.param(*pair, marks=pytest.mark.exhaustive)
+            for pair in (("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16"))
         ),
     ],
-    indirect=True,
 )
-def test_a_true_model_passes_every_rung(case: Case):
-    found = case.compare()
+def test_a_true_model_passes_every_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str):
+    _decode(monkeypatch, lambda made: {"prompts": made.prompts[:8], "new_tokens": made.new_tokens[:8]})
+    found = load(ONE_LAYER[family], dtype, tmp_path).compare()
     assert [rung.name for rung in found.rungs] == list(ladder.LADDER)
     assert found.verdict == "pass", terminal.verdict(found)
     assert terminal.exit_code(found) == 0
-    if case.dtype == "float32":
+    if dtype == "float32":
         assert next(f.error for rung in found.rungs for f in rung.findings if f.op == "kl") < 1e-8
 
 
@@ -107,6 +140,7 @@ def test_every_op_of_every_layer_is_compared(case: Case):
 # -- Planted faults --------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_decoding")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_located_exactly(case: Case, fault: Fault):
     if not fault.applies(case.candidate.config):
@@ -127,6 +161,7 @@ def test_wrong_weights_are_also_located_by_what_they_compute(case: Case, fault: 
     assert sum(not finding.ok for finding in rung.findings) == 1, "no other op is blamed"
 
 
+@pytest.mark.usefixtures("short_decoding")
 def test_the_first_step_after_the_prefill_is_named_for_a_cache_fault(case: Case):
     off_by_one = FAULTS[-1].plant(case.candidate)
     assert place(case.compare(off_by_one, rungs=("decode",)))[2] == "step 1"
@@ -137,8 +172,7 @@ def test_the_first_step_after_the_prefill_is_named_for_a_cache_fault(case: Case)
 
 @pytest.fixture
 def gpt2(tmp_path: Path) -> Case:
-    folder = models.write(TWO_LAYERS["gpt2"], tmp_path, "float32", SEED)
-    return Case("float32", folder, models.candidate(folder, "float32"), Reference.load(folder, "float32"))
+    return load(TWO_LAYERS["gpt2"], "float32", tmp_path)
 
 
 def test_taps_that_the_candidate_lacks_are_failures(gpt2: Case):
@@ -192,6 +226,7 @@ def greedy_findings(found: Report) -> list[Any]:
     return [finding for finding in found.rungs[0].findings if finding.op == "greedy"]
 
 
+@pytest.mark.usefixtures("short_decoding")
 def test_a_wrong_greedy_token_outside_the_noise_is_a_failure(gpt2: Case, monkeypatch: pytest.MonkeyPatch):
     true = Candidate.greedy
 
@@ -210,6 +245,7 @@ def test_a_wrong_greedy_token_outside_the_noise_is_a_failure(gpt2: Case, monkeyp
     assert "outside the noise" in wrong.problem
 
 
+@pytest.mark.usefixtures("short_steps")
 def test_a_token_whose_margin_is_inside_the_noise_is_a_certified_tie(gpt2: Case, monkeypatch: pytest.MonkeyPatch):
     rows = np.repeat(np.asarray(gpt2.candidate.stored["embed.tokens.weight"])[:1], 131, axis=0)
     towards = np.random.default_rng(0).choice([-9, 9], rows.shape).astype(np.float32)
@@ -238,6 +274,7 @@ def _save_embedding(folder: Path, embedding: np.ndarray) -> None:
 # -- Caches and masks ------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_decoding")
 def test_a_key_stored_in_the_wrong_slot_shows_in_the_keys(gpt2: Case):
     def store(config: Any, p: Any, new: Any, buffer: Any, slots: Any) -> Any:
         return true_ops.store(config, p, new, buffer, slots + (slots.shape[1] == 1))
@@ -246,6 +283,7 @@ def test_a_key_stored_in_the_wrong_slot_shows_in_the_keys(gpt2: Case):
     assert place(found) == ("decode", "layers.1.attn.keys", "step 1")
 
 
+@pytest.mark.usefixtures("short_decoding")
 def test_an_unmasked_slot_shows_in_the_mask(gpt2: Case):
     def mask(*arguments: Any) -> Any:
         return jnp.ones_like(true_ops.attention_mask(*arguments))

@@ -63,13 +63,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 @pytest.fixture(autouse=True)
 def short_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three forced steps and two greedy ones show every fault planted here."""
+    """Three forced steps and two greedy ones, of the same shapes, show every fault planted here."""
     whole = probe.decoding
 
     def decoding(*arguments: Any) -> probe.DecodeProbe:
         made = whole(*arguments)
         forced = dataclasses.replace(made.forced[0], ids=made.forced[0].ids[:3])
-        return dataclasses.replace(made, forced=[forced], prompts=[[1, 2, 3]], new_tokens=[2])
+        return dataclasses.replace(made, forced=[forced], prompts=forced.prompts, new_tokens=[2] * len(forced.prompts))
 
     monkeypatch.setattr(probe, "decoding", decoding)
 
