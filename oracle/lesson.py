@@ -151,6 +151,10 @@ def gradient_batches(lesson: Lesson) -> list[training.Batch]:
     return batches[-1:] if training_probe.is_large(lesson.candidate.config) else batches
 
 
+Losses = Sequence[np.ndarray]
+"""Truth's, the peer's and, where they are cheap, its echoes' losses of a micro-batch, (B, T) each."""
+
+
 @lru_cache(maxsize=1)
 def gradients(
     reference: Reference, corpus: Corpus, settings: TrainSettings
@@ -159,6 +163,26 @@ def gradients(
     batches = training_reference.micro_batches(corpus, settings)
     truth, peer = (training_reference.gradients(model.decoder, batches) for model in (reference.truth, reference.peer))
     return truth, peer
+
+
+def losses_of(comparison: Comparison) -> list[Losses]:
+    """Of each of `gradient_batches(whole(comparison))`."""
+    asked = whole(comparison)
+    large = training_probe.is_large(asked.candidate.config)
+    return _losses(comparison.reference, asked.corpus, asked.settings, large=large)
+
+
+@lru_cache(maxsize=1)
+def _losses(reference: Reference, corpus: Corpus, settings: TrainSettings, *, large: bool) -> list[Losses]:
+    batches = training_reference.micro_batches(corpus, settings)
+    truth, peer = reference.truth.decoder, reference.peer.decoder
+
+    def of(batch: training.Batch) -> Losses:
+        own = [training_reference.token_losses(decoder, batch) for decoder in (truth, peer)]
+        moved = () if large else echoes(peer, ALL)  # each is one for as long as it is looked at
+        return [*own, *(training_reference.token_losses(decoder, batch) for decoder in moved)]
+
+    return [of(batch) for batch in (batches[-1:] if large else batches)]
 
 
 @lru_cache(maxsize=1)
@@ -229,7 +253,7 @@ def course(reference: Reference, ids: int, corpus: Corpus, settings: TrainSettin
 
 def forget() -> None:
     """Drop the reference's answers: those of a large model fill a quarter of the memory."""
-    for answers in (gradients, echoed_gradients, course):
+    for answers in (gradients, _losses, echoed_gradients, course):
         answers.cache_clear()
 
 

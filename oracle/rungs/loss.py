@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from oracle import lesson, noise, training_noise, training_probe, training_reference
+from oracle import lesson, noise, training_noise
 from oracle.compare import Judge
 from oracle.comparison import Comparison
-from oracle.echo import ALL, echoes
 from oracle.lesson import Lesson
-from oracle.reference import Model
 from oracle.results import Finding, RungResult
 from oracle.training_noise import Unit
 from oracle.training_reference import Arrays
@@ -36,13 +34,9 @@ def run(comparison: Comparison) -> RungResult:
     asked = lesson.whole(comparison)
     batches = lesson.micro_batches(asked)
     findings = batch_findings(asked, batches)
-    judge, reference = comparison.judge(NAME), comparison.reference
-    step = lesson.gradient_batches(asked)
-    large = training_probe.is_large(asked.candidate.config)
-    versions = [
-        (asked.token_losses(batch), _losses(reference.truth, batch), *_draws(reference.peer, batch, large))
-        for batch in step
-    ]
+    judge, step = comparison.judge(NAME), lesson.gradient_batches(asked)
+    theirs = lesson.losses_of(comparison)
+    versions = [(asked.token_losses(batch), *losses) for batch, losses in zip(step, theirs, strict=True)]
     for number, (losses, batch) in enumerate(zip(versions, step, strict=True), start=1):
         findings.append(_token_finding(judge, losses, batch, f"micro-batch {number} of {len(step)}"))
     findings.append(_mean_finding(judge, asked, versions, step))
@@ -97,16 +91,6 @@ def _difference(name: str, ours: Arrays, theirs: Arrays) -> str:
 
 
 # -- Losses ----------------------------------------------------------------------------
-
-
-def _losses(model: Model, batch: training.Batch) -> np.ndarray:
-    return training_reference.token_losses(model.decoder, batch)
-
-
-def _draws(peer: Model, batch: training.Batch, large: bool) -> list[np.ndarray]:
-    """The peer's losses and, where they are cheap, those of its echoes."""
-    moved = () if large else echoes(peer.decoder, ALL)
-    return [_losses(peer, batch), *(training_reference.token_losses(decoder, batch) for decoder in moved)]
 
 
 def _trained(losses: np.ndarray, batch: training.Batch) -> np.ndarray:
