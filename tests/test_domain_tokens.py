@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from jaxgpt import checkpoint, cli, domain_tokens, model
+from jaxgpt import checkpoint, cli, domain_tokens, golden_prompts, model
 from jaxgpt.chat import CHATML, PLAIN, Message, Template, paired_tags, render
 from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.embedding_rows import grown
@@ -191,6 +191,14 @@ def test_an_embedding_does_not_shrink():
 
 # -- Added to a model ------------------------------------------------------------------
 
+
+@pytest.fixture
+def asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export and a run end without golden prompts, which take longer to compile than all else here."""
+    monkeypatch.setattr(golden_prompts, "answered", lambda source: (None, None))
+    monkeypatch.setattr(golden_prompts, "add", lambda directory: None)
+
+
 NEW = [f"<MUL_{n}>" for n in range(70)]
 ASKED = "2 <MUL_3><MUL_33> is<MUL_69>"
 
@@ -229,7 +237,7 @@ def pair(models: Path, request: pytest.FixtureRequest) -> tuple[Checkpoint, Chec
 
 def logits(found: Checkpoint, ids: np.ndarray) -> np.ndarray:
     params = {name: jnp.asarray(array) for name, array in found.params.items()}
-    return np.asarray(jax.jit(model.forward, static_argnums=0)(found.config, params, jnp.asarray(ids)).logits)
+    return np.asarray(jax.jit(lambda: model.forward(found.config, params, jnp.asarray(ids)).logits)())
 
 
 def test_the_model_computes_what_it_did_and_no_new_token_wins(pair: tuple[Checkpoint, Checkpoint]):
@@ -268,6 +276,7 @@ def test_the_model_with_new_tokens_passes_its_check(models: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("asks_nothing")
 def test_it_learns_the_new_tokens_and_answers_with_them(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -289,6 +298,7 @@ def test_it_learns_the_new_tokens_and_answers_with_them(
     assert capsys.readouterr().out == f"{answer}\n"
 
 
+@pytest.mark.usefixtures("asks_nothing")
 def test_transformers_reads_the_same_tokens_and_logits(
     models: Path, pair: tuple[Checkpoint, Checkpoint], tmp_path: Path
 ):
@@ -375,6 +385,7 @@ def test_what_another_program_noted_of_the_tokens_is_exported_with_the_new_ones(
         assert ids == {"<s>": 703, **{tokenizer.token_name(id).strip("'"): id for id in every[before.vocab_size :]}}
 
 
+@pytest.mark.usefixtures("asks_nothing")
 def test_llama_cpp_reads_the_same_tokens(models: Path, tmp_path: Path):
     questions: list[Any] = []
     for name in ("gpt2", "qwen2"):
