@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 import torchref
 from torchref import Decoder
@@ -29,6 +30,16 @@ OUTLIERS, OUTLIER_SCALE = 2, 50.0
 STEPS, ROWS, TIME = 150, 12, 48
 """Of a brief training."""
 LEARNING_RATE = 1e-2
+ADAMW: dict[str, Any] = {
+    "amsgrad": False,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "lr": LEARNING_RATE,
+    "weight_decay": 0.01,
+    "eps": 1e-8,
+    "maximize": False,
+}
+"""Those of the class `AdamW`, which computes the same but loads PyTorch's compiler at its first use, for seconds."""
 
 
 def draw(config: Config, seed: int, kind: str = "random") -> Tensors:
@@ -96,15 +107,17 @@ def _is_conv1d(name: str) -> bool:
 @lru_cache(maxsize=8)
 def _trained(config: tuple[tuple[str, Any], ...], seed: int) -> Tensors:
     model = _model(_thawed(config), seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    parameters: list[Tensor] = list(model.parameters())
+    moments = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
+    steps = [torch.tensor(0.0) for _ in parameters]
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in range(STEPS):
             ids = language(model.vocab_size, ROWS, _time(model), generator)
             loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            gradients = list(torch.autograd.grad(loss, parameters))
+            with torch.no_grad():
+                adamw(parameters, gradients, *moments, [], steps, **ADAMW)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

@@ -80,7 +80,7 @@ PLACE = "0000000"
 
 
 def numbered(declaration: bytes, count: int) -> bytes:
-    """So many of it, each with a number of its own where it has PLACE; at once, for a loop takes longer than the test."""
+    """So many of it, each with its number where it has PLACE; at once, for a loop takes longer than the test."""
     rows = np.tile(np.frombuffer(declaration, np.uint8), (count, 1))
     at = declaration.index(PLACE.encode())
     rows[:, at : at + len(PLACE)] = np.arange(count)[:, None] // 10 ** np.arange(len(PLACE))[::-1] % 10 + ord("0")

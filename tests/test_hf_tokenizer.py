@@ -119,10 +119,10 @@ def test_two_files_are_written_back_and_beside_them_a_tokenizer_json(tmp_path: P
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
+LARGE_AGAIN = (("gpt2", "tags"), ("gpt2", "plain"))
 OWN = [
-    pytest.param(
-        kind, template, marks=pytest.mark.slow if (kind, name) in (("gpt2", "tags"), ("gpt2", "plain")) else ()
-    )
+    # What a template changes is seen with the small vocabulary as well.
+    pytest.param(kind, template, marks=[pytest.mark.exhaustive] if (kind, name) in LARGE_AGAIN else [])
     for kind in ("gpt2", "char")
     for name, template in TEMPLATES.items()
 ]

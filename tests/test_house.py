@@ -11,7 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,16 +22,6 @@ import jaxgpt
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("jaxgpt", "torchref", "oracle")
 SOURCES = sorted(path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py"))
-
-
-@functools.cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-@functools.cache
-def nodes(path: Path) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(parsed(path)))
 
 
 # -- Who loads what ----------------------------------------------------------------------
@@ -111,23 +101,46 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_names(path: Path) -> Iterator[str]:
+class Source(NamedTuple):
+    """What the rules ask of a file; kept in place of its tree, whose many nodes would slow the collector down."""
+
+    imported: frozenset[str]
     """Absolute dotted names of every import statement, those inside functions included."""
-    for node in nodes(path):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT).parent.parts
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            origin = ".".join(part for part in (base, node.module) if part)
-            yield origin
-            # `from jaxgpt import taps` names a module; what is no module matches no rule.
-            yield from (f"{origin}.{alias.name}" for alias in node.names)
+    imported_at_top: frozenset[str]
+    functions: tuple[tuple[str, int], ...]
+    """Name and number of lines."""
+
+
+@functools.cache
+def source(path: Path) -> Source:
+    tree = ast.parse(path.read_text())
+    functions, imports = list[tuple[str, int]](), list[ast.Import | ast.ImportFrom]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.append(node)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            functions.append((node.name, node.end_lineno - node.lineno + 1))
+    names = [(node, name) for node in imports for name in names_in(node, path)]
+    at_top = frozenset(name for node, name in names if node in tree.body)
+    return Source(frozenset(name for _, name in names), at_top, tuple(functions))
+
+
+def names_in(node: ast.Import | ast.ImportFrom, path: Path) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    package = path.relative_to(ROOT).parent.parts
+    base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+    origin = ".".join(part for part in (base, node.module) if part)
+    yield origin
+    # `from jaxgpt import taps` names a module; what is no module matches no rule.
+    yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
 def imports_of(path: Path, forbidden: set[str]) -> list[str]:
     prefixes = tuple(f"{name}." for name in forbidden)
-    return sorted({name for name in imported_names(path) if name in forbidden or name.startswith(prefixes)})
+    return sorted({name for name in source(path).imported if name in forbidden or name.startswith(prefixes)})
 
 
 def offenders(folder: str, forbidden: set[str], but: str = "") -> dict[str, list[str]]:
@@ -145,7 +158,7 @@ def reachable(start: str) -> set[str]:
     while todo:
         name = todo.pop()
         seen.add(name)
-        todo |= {imported for imported in imported_names(paths[name]) if imported in paths} - seen - {"jaxgpt"}
+        todo |= {imported for imported in source(paths[name]).imported if imported in paths} - seen - {"jaxgpt"}
     return seen - {start}
 
 
@@ -170,12 +183,9 @@ def test_only_one_module_knows_orbax():
 
 
 def test_matplotlib_is_imported_where_the_picture_is_drawn():
-    at_top = {"matplotlib", "matplotlib.pyplot"}
-    for path in SOURCES:
-        for node in parsed(path).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
-                assert not names & at_top, f"{module_name(path)} imports matplotlib at its top"
+    found = {module_name(path): source(path).imported_at_top for path in SOURCES}
+    assert [name for name, names in found.items() if any(n.partition(".")[0] == "matplotlib" for n in names)] == []
+    assert "matplotlib.figure" in source(ROOT / "jaxgpt/run_log.py").imported
 
 
 # -- What is declared and pinned ---------------------------------------------------------
@@ -246,7 +256,7 @@ def test_every_import_is_a_declared_dependency():
     for path in SOURCES:
         # pytest is that of the plugin, which pytest alone loads.
         declared = runtime if path.is_relative_to(ROOT / "jaxgpt") else {*with_oracle, "pytest"}
-        roots = {name.partition(".")[0] for name in imported_names(path)} - sys.stdlib_module_names - set(PRODUCT)
+        roots = {name.partition(".")[0] for name in source(path).imported} - sys.stdlib_module_names - set(PRODUCT)
         undeclared |= {
             f"{module_name(path)} imports {root}"
             for root in roots
@@ -263,13 +273,6 @@ def test_the_license_is_the_unmodified_apache_2_text():
 # -- How code is cut ---------------------------------------------------------------------
 
 
-def functions(path: Path) -> Iterator[tuple[str, int]]:
-    for node in nodes(path):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            yield node.name, node.end_lineno - node.lineno + 1
-
-
 def test_modules_are_named_after_their_concept():
     vague = {"util", "utils", "helper", "helpers", "common", "misc"}
     assert [str(path) for path in ROOT.glob("[a-z]*/**/*.py") if vague & {path.stem, *path.parts}] == []
@@ -280,7 +283,9 @@ def test_no_file_has_more_than_500_lines():
 
 
 def test_no_function_has_more_than_60_lines():
-    long = {f"{module_name(p)}.{name}": n for p in SOURCES for name, n in functions(p) if n > 60 and name != "main"}
+    long = {
+        f"{module_name(p)}.{name}": n for p in SOURCES for name, n in source(p).functions if n > 60 and name != "main"
+    }
     assert long == {}
 
 

@@ -130,7 +130,8 @@ decoding = pytest.mark.parametrize(
     often.exhaustive_but(("gpt2", "llama-biased-tied", "mistral", "qwen3-biased-tied-yarn"), CASES),
     indirect=True,
 )
-"""What a cache can break beyond the logits, which are compared in every case: positions, a window, norms of heads."""
+"""What a cache or rounding can break beyond float64 logits, which are compared in every case: positions, a window,
+norms of heads."""
 
 
 def random_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
@@ -193,6 +194,7 @@ def test_float64_logits_are_those_of_transformers_past_512_positions(pair: Pair)
         assert_equal_in_float64(pair.ours(torch.float64)(ids), expected)
 
 
+@decoding
 @pytest.mark.parametrize(
     ("dtype", "time"),
     [
