@@ -131,6 +131,7 @@ def test_a_cache_position_off_by_one_is_found_in_the_cache_update(monkeypatch: p
     assert line.detail.count("'") >= 2, "both ids come with their strings"
 
 
+@pytest.mark.exhaustive  # as the position above, by the same comparison
 def test_a_cache_that_stores_one_slot_too_far_is_found(monkeypatch: pytest.MonkeyPatch):
     store = ops.store
 
@@ -162,7 +163,7 @@ def test_a_cache_that_is_wrong_only_at_the_edge_of_the_context_is_found(computed
 
     if not computed:
         monkeypatch.setattr(parity, "AFFORDABLE_SCORES", 0)
-        line = kv_cache_parity_steps_test(tiny(seen=False))
+        line = kv_cache_parity_steps_test(tiny())
         assert line.status == "PASS", line
         assert "after a random cache" in line.detail
     monkeypatch.setattr(model, "cached_inputs", short)
@@ -207,6 +208,7 @@ def test_a_different_id_within_the_noise_is_a_tie_and_beyond_it_a_failure():
 # -- Greedy ------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive  # as the draw below, by the same comparison
 def test_a_penalty_at_temperature_0_is_found(monkeypatch: pytest.MonkeyPatch):
     original = sampling.sample
     prompts, _ = parity.short_prompts(tiny())
