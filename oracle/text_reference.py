@@ -234,8 +234,12 @@ def _of_library(
     vocabulary: Mapping[str, int] = {},
     merges: Sequence[tuple[str, str]] = (),
 ) -> TextReference:
+    @lru_cache(maxsize=1024)  # every repair that is tried is held against the same texts
+    def encoded(text: str) -> tuple[int, ...]:
+        return tuple(made.encode(text, add_special_tokens=False).ids)
+
     def encode(text: str) -> list[int]:
-        return made.encode(text, add_special_tokens=False).ids
+        return list(encoded(text))
 
     def decode(ids: Sequence[int]) -> str:
         return made.decode(list(ids), skip_special_tokens=False)
