@@ -29,7 +29,8 @@ os.environ.setdefault("XLA_FLAGS", _QUICK)
 from jaxtyping import install_import_hook
 
 # The annotated shapes of the model are checked at every call in the tests.
-install_import_hook([f"jaxgpt.{name}" for name in ("ops", "model", "transformer", "cache", "sampling")], "beartype.beartype")
+SHAPED = ("ops", "model", "transformer", "cache", "sampling")
+install_import_hook([f"jaxgpt.{name}" for name in SHAPED], "beartype.beartype")
 
 import dataclasses
 import itertools
