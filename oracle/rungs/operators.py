@@ -76,6 +76,8 @@ class Walk:
     ):
         self.candidate, self.reference, self.judge = candidate, reference, judge
         self.measured = {} if measured is None else measured
+        # A repair of the vocabulary's size asks about other ids.
+        self.asked = probe.ids.tobytes()
         uncached = {op.tap: op for op in ops(candidate.config)}
         self.ops = tuple(uncached.get(op.tap, op) for op in ops(candidate.config, Wiring(cached=True)))
         given = model_inputs.of_sequences(*map(jnp.asarray, (probe.ids, probe.positions, probe.segments)))
@@ -164,10 +166,10 @@ class Walk:
         return answer if same else None
 
     def _question(self, op: Op, inputs: list[np.ndarray], where: str) -> tuple[Hashable, ...]:
-        """What a finding depends on beside the parameters; the inputs are the reference's, so that their dtypes do."""
+        """What a finding depends on beside the parameters; the inputs follow from the ids, but for their dtypes."""
         chosen = self.candidate
         dtypes = (str(array.dtype) for array in inputs)
-        return op, where, chosen.function(op), chosen.config, chosen.dtype, *dtypes
+        return op, where, chosen.function(op), chosen.config, chosen.dtype, self.asked, *dtypes
 
     def _leaves(self, op: Op) -> Mapping[str, Any]:
         """As the checkpoint stores them: the same objects in every changed candidate."""
