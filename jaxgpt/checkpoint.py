@@ -440,9 +440,10 @@ def _params(path: Path, headers: Mapping[str, Header], *, mapped: bool) -> dict[
     Loading Orbax takes longer than reading a small model does.
     """
     found: dict[str, np.ndarray] = {}
+    take = array_files.mapped if mapped else array_files.read
     for name, header in headers.items():
-        array = array_files.mapped(path / "params" / name, header)
+        array = take(path / "params" / name, header)
         if array is None:
             return _read_arrays(path, "params", headers)
-        found[name] = array if mapped else np.array(array)
+        found[name] = array
     return found

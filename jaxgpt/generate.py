@@ -283,9 +283,11 @@ class Conversation:
         none = jnp.zeros(self._batch, bool)
         state = State(self.cache, self.said, self.logits, jnp.asarray(budget <= 0), jnp.asarray(budget), none)
         remaining = int(budget.max())
+        # Asked of the host: the device is still busy with the prompt, and what comes next can be traced meanwhile.
+        done = budget <= 0
         # Who watches a reply sees its first id as soon as it is drawn.
         steps = 1 if chunk < CHUNK else CHUNK
-        while remaining > 0 and not bool(np.asarray(state.done).all()):
+        while remaining > 0 and not done.all():
             steps = min(steps, remaining)
             self.reserve(int(self.lengths.max()) + steps)
             state, ids, logprobs = decode(
@@ -302,6 +304,7 @@ class Conversation:
             if bool(np.asarray(state.broken).any()):
                 raise InputError("the model's logits are NaN or infinite; run `jaxgpt inspect` on the checkpoint")
             remaining -= steps
+            done = np.asarray(state.done)
             steps = min(chunk, CHUNK)
             yield new
 

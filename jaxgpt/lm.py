@@ -1,7 +1,7 @@
 """The Python API: `lm = jaxgpt.load(DIR)`, then `lm.logits(ids)` and `lm.generate(prompts)`."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -66,7 +66,7 @@ class LM:
         self.template: Template | None = checkpoint.template
         self.stage: str = checkpoint.stage
         self.compute_dtype: str = compute_dtype or checkpoint.compute_dtype
-        self.params = model.cast(_copied(checkpoint.params), self.compute_dtype)
+        self.params = model.cast(checkpoint.params, self.compute_dtype)
         self.stop_ids = self._stop_ids(checkpoint)
         self.real_ids = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
         self.generator = generate.Generator(
@@ -307,11 +307,6 @@ def _texts(stop: Any) -> tuple[str, ...]:
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
     return tuple(texts)
-
-
-def _copied(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters that still lie in their files, copied: JAX may take such memory as it is, and files change."""
-    return {name: jnp.array(array) if isinstance(array, np.memmap) else array for name, array in params.items()}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -27,4 +27,4 @@ def load(directory: str, *, device: str = "auto", compute_dtype: str | None = No
         from jaxgpt.lm import LM
 
         use(device)
-        return LM(checkpoint.read(verified.result(), mapped=True), compute_dtype=compute_dtype)
+        return LM(checkpoint.read(verified.result()), compute_dtype=compute_dtype)
