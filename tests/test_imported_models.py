@@ -155,7 +155,13 @@ def test_every_verb_takes_an_imported_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [50304, 65], ids=["GPT-2's vocabulary", "a vocabulary of its own"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(50304, id="GPT-2's vocabulary", marks=pytest.mark.exhaustive),
+        pytest.param(65, id="a vocabulary of its own"),
+    ],
+)
 def test_every_verb_takes_a_training_scripts_file(
     rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -215,7 +215,7 @@ def test_a_mistake_is_found_where_it_is_named_and_proved(made: Callable[..., Com
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
-        (WINDOW, {"sliding_window": 14}),
+        pytest.param(WINDOW, {"sliding_window": 14}, marks=pytest.mark.exhaustive),
         (WINDOW, {"sliding_window": None}),
         pytest.param(YARN, {"rope_scaling": None}, marks=pytest.mark.slow),
     ],

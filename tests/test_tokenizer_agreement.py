@@ -24,7 +24,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("count", [250, pytest.param(2000, marks=pytest.mark.exhaustive)])
 def test_generated_strings_have_the_same_ids_everywhere(
     count: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
