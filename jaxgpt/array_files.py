@@ -102,7 +102,7 @@ def read(folder: Path, header: Header) -> "np.ndarray | None":
     found = memory[start : start + header.size]
     with path.open("rb", buffering=0) as file:
         filled = 0
-        while filled < header.size and (count := file.readinto(memoryview(found)[filled:])):
+        while filled < header.size and (count := file.readinto(found.data[filled:])):
             filled += count
     if filled < header.size:
         raise InputError(f"{path.name} of {folder.name} ends after {filled:,} of {header.size:,} bytes")
