@@ -105,7 +105,9 @@ def read(folder: Path, header: Header) -> "np.ndarray | None":
         while filled < header.size and (count := file.readinto(found.data[filled:])):
             filled += count
     if filled < header.size:
-        raise InputError(f"{path.name} of {folder.name} ends after {filled:,} of {header.size:,} bytes")
+        raise InputError(f"params/{folder.name} ends after {filled:,} of {header.size:,} bytes")
+    # Whoever changed it would change a model that runs.
+    memory.flags.writeable = found.flags.writeable = False
     return found.view(_dtype(header)).reshape(header.shape)
 
 
@@ -119,7 +121,7 @@ def _only_file(folder: Path, header: Header) -> Path | None:
         return None
     with path.open("rb") as file:
         file.seek(header.size)
-        return path if _INDEX.unpack(file.read(_INDEX.size)) == (0, header.size) else None
+        return path if file.read(_INDEX.size) == _INDEX.pack(0, header.size) else None
 
 
 def _dtype(header: Header) -> Any:

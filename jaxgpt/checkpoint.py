@@ -324,7 +324,7 @@ def load(
     if train and tidy and steps(directory):
         _clean(directory)
     verified = verify(directory, train=train, step=step, fallback=fallback)
-    found = read(verified, train=train, cast=cast, mapped=mapped)
+    found = read(verified, cast=cast, mapped=mapped)
     if train and tidy:
         _set_aside(verified.damaged)
     return found
@@ -337,26 +337,41 @@ class Verified:
     path: Path
     sizes: Mapping[str, int]
     """Bytes of each file."""
+    manifest: bytes
+    """What the step's manifest was."""
+    train: bool
+    """Whether its training state is verified, too."""
     damaged: Sequence[Path]
     """Newer steps, which are not."""
     problems: Sequence[str]
     """What is wrong with each of those."""
 
 
-def verify(directory: str | Path, *, train: bool = False, step: int | None = None, fallback: bool = False) -> Verified:
-    """The first half of `load`, which imports nothing: a thread may do it while others import what `read` needs."""
+def verify(
+    directory: str | Path,
+    *,
+    train: bool = False,
+    step: int | None = None,
+    fallback: bool = False,
+    stop: threading.Event | None = None,
+) -> Verified:
+    """The first half of `load`, which imports nothing: a thread may do it while others import what `read` needs.
+
+    Once `stop` is set, it ends soon.
+    """
     candidates = step_folder.candidates(Path(directory).absolute(), step)
     problems: list[str] = []
     for number, path in enumerate(candidates):
         try:
-            sizes = manifest.verify(path, unhashed=() if train else ("train",))
+            said = _said(path)
+            sizes = manifest.verify(path, unhashed=() if train else ("train",), stop=stop)
         except InputError as error:
             problems.append(f"{step_folder.title(path)}: {error}")
             if fallback and path != candidates[-1]:
                 continue
             remedy = "no verified step is left" if fallback else "restore it or load an older step"
             raise CheckpointError(f"{'; '.join(problems)}; {remedy}") from None
-        return Verified(path, sizes, candidates[:number], problems)
+        return Verified(path, sizes, said, train, candidates[:number], problems)
     raise AssertionError("there is at least one candidate")
 
 
@@ -368,21 +383,44 @@ def _set_aside(damaged: Sequence[Path]) -> None:
         os.rename(path, aside)
 
 
-def read(verified: Verified, *, train: bool = False, cast: str | None = None, mapped: bool = False) -> Checkpoint:
-    """The second half of `load`."""
-    path, sizes = verified.path, verified.sizes
+def _said(path: Path) -> bytes:
     try:
-        described = step_folder.read(path)
-        config = described.config
-        headers = array_files.headers(path / "params", _below("params", sizes))
-        _compare(config, headers, "file")
-        _compare_dtypes(headers, described.dtypes, cast)
-        params = _params(path, headers, mapped=mapped)
-        state = None
-        if train and (path / "train").is_dir():
-            state = _read_arrays(path, "train", array_files.headers(path / "train", _below("train", sizes)))
-    except InputError as error:
-        raise CheckpointError(f"{step_folder.title(path)}: {error}") from None
+        return (path / manifest.MANIFEST).read_bytes()
+    except OSError:
+        return b""
+
+
+def read(verified: Verified, *, cast: str | None = None, mapped: bool = False) -> Checkpoint:
+    """The second half of `load`."""
+    try:
+        return _read(verified, cast=cast, mapped=mapped)
+    except (InputError, OSError) as error:
+        # A run thins its steps and may save one anew; then no file's own trouble is what matters.
+        _refuse_replaced(verified)
+        message = error if isinstance(error, InputError) else f"{error.filename}: {error.strerror}"
+        raise CheckpointError(f"{step_folder.title(verified.path)}: {message}") from None
+
+
+def _refuse_replaced(verified: Verified) -> None:
+    if _said(verified.path) != verified.manifest:
+        raise CheckpointError(
+            f"{step_folder.title(verified.path)} was removed or saved anew while it was being loaded; load again"
+        )
+
+
+def _read(verified: Verified, *, cast: str | None, mapped: bool) -> Checkpoint:
+    path, sizes, train = verified.path, verified.sizes, verified.train
+    described = step_folder.read(path)
+    config = described.config
+    headers = array_files.headers(path / "params", _below("params", sizes))
+    _compare(config, headers, "file")
+    _compare_dtypes(headers, described.dtypes, cast)
+    params = _params(path, headers, mapped=mapped)
+    state = None
+    if train and (path / "train").is_dir():
+        state = _read_arrays(path, "train", array_files.headers(path / "train", _below("train", sizes)))
+    train_json = step_folder.document(path, step_folder.TRAIN) if train else None
+    _refuse_replaced(verified)
     if cast is not None:
         params = {key: array.astype(dtype_of(cast)) for key, array in params.items()}
     return Checkpoint(
@@ -397,7 +435,7 @@ def read(verified: Verified, *, train: bool = False, cast: str | None = None, ma
         provenance=described.provenance,
         params=params,
         train=state,
-        train_json=step_folder.document(path, step_folder.TRAIN) if train else None,
+        train_json=train_json,
         notices=[f"{problem}; using verified step {described.step}" for problem in verified.problems],
     )
 

@@ -10,7 +10,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from jaxgpt.errors import InputError, first
@@ -46,12 +48,13 @@ def seal(folder: Path, hashed: Callable[[int], None] | None = None) -> None:
         sync(Path(path))
 
 
-def verify(folder: Path, *, unhashed: tuple[str, ...] = ()) -> dict[str, int]:
+def verify(folder: Path, *, unhashed: tuple[str, ...] = (), stop: Event | None = None) -> dict[str, int]:
     """Compare the folder with its manifest; sizes by name.
 
     Args:
         folder: holds `manifest.json`.
         unhashed: files below these folders are compared by name and size only.
+        stop: once it is set, nobody waits for the answer.
 
     Raises:
         InputError: a file that is missing, was not listed, or differs; named in the message.
@@ -65,7 +68,7 @@ def verify(folder: Path, *, unhashed: tuple[str, ...] = ()) -> dict[str, int]:
         if size != entry["size"]:
             raise InputError(f"{name} has {size:,} bytes, its manifest says {entry['size']:,}")
     hashed = [name for name in listed if not name.startswith(tuple(f"{top}/" for top in unhashed))]
-    for name, digest in zip(hashed, _digests([present[name] for name in hashed]), strict=True):
+    for name, digest in zip(hashed, _digests([present[name] for name in hashed], stop), strict=True):
         if digest != listed[name]["sha256"]:
             raise InputError(f"{name} fails SHA-256")
     return {name: entry["size"] for name, entry in listed.items()}
@@ -141,23 +144,25 @@ def spelled(listed: dict[str, dict[str, Any]]) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def _digests(paths: Sequence[Path]) -> Iterator[str]:
+def _digests(paths: Sequence[Path], stop: Event | None = None) -> Iterator[str]:
     """SHA-256 of each file, in order; large ones two at a time, for hashing leaves the interpreter to others."""
     if sum(path.stat().st_size for path in paths) < WORTH_THREADS:
-        yield from map(sha256, paths)
+        yield from (sha256(path, stop) for path in paths)
         return
     pool = ThreadPoolExecutor(2)
     try:
-        yield from pool.map(sha256, paths)
+        yield from pool.map(partial(sha256, stop=stop), paths)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def sha256(path: Path, stop: Event | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal; InputError once `stop` is set."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(BLOCK, path.stat().st_size + 1)))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
+            if stop is not None and stop.is_set():
+                raise InputError(f"{path.name} was not hashed to its end")
             digest.update(buffer[:count])
     return digest.hexdigest()
 
