@@ -115,16 +115,19 @@ def _join(settings: ProcessSettings) -> None:
     told = threading.Timer(_SILENCE, _tell_of_waiting, [settings.coordinator_address])
     told.daemon = True
     told.start()
+    until = time.monotonic() + _PATIENCE
     try:
         if settings.coordinator_address and settings.process_id:
-            _reach(settings.coordinator_address)
+            _reach(settings.coordinator_address, until)
         jax.distributed.initialize(
             settings.coordinator_address or None,
             settings.num_processes,
             settings.process_id,
             heartbeat_timeout_seconds=settings.heartbeat_timeout,
-            initialization_timeout=_PATIENCE,
+            initialization_timeout=max(1, int(until - time.monotonic())),
         )
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(
             f"--distributed: neither Slurm, Kubernetes nor Open MPI started this process ({error}); give "
@@ -143,17 +146,16 @@ def _tell_of_waiting(address: str) -> None:
     print(f"waiting{where} for the other processes of this run, {_PATIENCE} s at most", file=sys.stderr, flush=True)
 
 
-def _reach(address: str) -> None:
+def _reach(address: str, until: float) -> None:
     """Wait for the first process, which JAX waits for as well, but then it aborts."""
     host, _, port = address.rpartition(":")
-    until = time.monotonic() + _PATIENCE
     while True:
         try:
             return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError as error:
-            if time.monotonic() > until:
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > until or isinstance(error, UnicodeError):
                 raise InputError(
-                    f"--coordinator-address {address} cannot be reached for {_PATIENCE} s ({error}); process 0 must "
+                    f"--coordinator-address {address} cannot be reached ({error}); process 0 must "
                     "run there, with the same address"
                 ) from None
         time.sleep(0.5)

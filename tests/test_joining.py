@@ -18,7 +18,7 @@ def test_who_waits_for_the_first_process_is_told_and_then_refused(
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = ProcessSettings(distributed=True, coordinator_address=address, num_processes=2, process_id=1)
-        message = f"{address} cannot be reached for 1.5 s .*; process 0 must run there"
+        message = f"^--coordinator-address {address} cannot be reached .*; process 0 must run there"
         with pytest.raises(InputError, match=message), processes.joined(settings):
             raise AssertionError("joined nobody")
     assert capsys.readouterr().err == f"waiting at {address} for the other processes of this run, 1.5 s at most\n"
@@ -26,4 +26,9 @@ def test_who_waits_for_the_first_process_is_told_and_then_refused(
 
 def test_the_first_process_is_reached_once_it_listens():
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
-        processes._reach(f"[::1]:{server.getsockname()[1]}")
+        processes._reach(f"[::1]:{server.getsockname()[1]}", until=0)
+
+
+def test_a_name_that_is_none_is_refused_at_once():
+    with pytest.raises(InputError, match=r"^--coordinator-address a\.\.b:1 cannot be reached"):
+        processes._reach("a..b:1", until=float("inf"))
