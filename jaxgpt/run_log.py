@@ -180,9 +180,11 @@ def picture(folder: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    # All labels fit into the usual margins; a layout that measures them draws everything twice.
+    # A layout that measures its labels draws everything twice; these margins hold what the scale can write.
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.15)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", label="training")
     if held_out:

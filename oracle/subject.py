@@ -85,7 +85,11 @@ def compare(
             preconditions.refuse_not_finite(reference, source)
         comparison = Comparison(chosen, reference, export, source, calibration, seed, stops)
         climb = diagnosis.bisect if diagnose else ladder.climb
-        report = climb(comparison, everything=everything, progress=begins)
+        try:
+            report = climb(comparison, everything=everything, progress=begins)
+        finally:
+            if training_probe.is_large(chosen.config):
+                lesson.forget()
     progress("")
     return report
 
