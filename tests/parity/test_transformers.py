@@ -44,9 +44,7 @@ def test_logits_equal_stock_transformers(config: ModelConfig):
     assert np.abs(ours - truth).mean() <= 4 * np.abs(expected - truth).mean()
 
 
-@pytest.mark.parametrize(
-    "config", often.exhaustive_but(("gpt2-erf-untied", "llama3-scaling", "qwen2"), conftest.CONFIGS), indirect=True
-)
+@pytest.mark.parametrize("config", often.exhaustive_but(("gpt2-erf-untied", "qwen2"), conftest.CONFIGS), indirect=True)
 def test_64_greedy_tokens_equal_stock_transformers(config: ModelConfig):
     """Window, norms of heads and yarn: tests/test_architectures.py."""
     params = conftest.random_params(config)
