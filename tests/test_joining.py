@@ -27,6 +27,9 @@ def test_who_waits_for_the_first_process_is_told_and_then_refused(
 def test_the_first_process_is_reached_once_it_listens():
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
         processes._reach(f"[::1]:{server.getsockname()[1]}", until=0)
+        connection, address = server.accept()
+        connection.close()
+    assert address[0] == "::1"
 
 
 def test_a_name_that_is_none_is_refused_at_once():
