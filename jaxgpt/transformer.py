@@ -1,7 +1,6 @@
 """The model's parameters as a Flax NNX module, which defines and initialises them.
 
-A file of its own: importing Flax takes longer than importing JAX, and whoever loads
-weights has no use for it.
+A file of its own: whoever only loads weights need not wait until Flax is imported.
 """
 
 from collections.abc import Mapping
