@@ -9,13 +9,18 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jax.errors import JaxRuntimeError
 
-from jaxgpt import model
+from jaxgpt import model, processes
+from jaxgpt.checkpoint import Checkpoint
+from jaxgpt.checks.golden import golden_prompts_test
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, empty_batch
 from jaxgpt.errors import InputError
+from jaxgpt.lm import LM
 from jaxgpt.loss import evaluate
 from jaxgpt.mesh import ALONE, Layout
+from jaxgpt.step_folder import GOLDEN
 
 FRESH_ABOVE = 0.3
 FRESH_BELOW = 1.0
@@ -66,6 +71,33 @@ def check_first_batch(config: ModelConfig, loss: float) -> None:
             f"first loss is {loss:.3f}, expected between {expected - FRESH_BELOW:.3f} and {expected + FRESH_ABOVE:.3f} "
             f"(ln(vocab) = {expected:.3f}) for a fresh model; check the targets and the loss mask"
         )
+
+
+def check_answers(source: Checkpoint, *, accept: bool) -> list[str]:
+    """Refuse, unless accepted, a checkpoint that answers its golden prompts otherwise than rounding explains.
+
+    A damaged layer may cost so little loss that `check_loaded` lets it pass. Lines to print where the
+    prompts could not be asked, as of a model that one device cannot hold.
+
+    Raises:
+        InputError: with the first answer that differs, and what to run next.
+    """
+    cause, notices = "its golden prompts: see the first process", list[str]()
+    refused = False
+    if processes.first() and not accept and (source.path / GOLDEN).is_file():
+        try:
+            line = golden_prompts_test(LM(source), source.path, bits=False)
+            refused, cause = line.status == "FAIL", line.detail
+        except InputError as error:
+            refused, cause = True, str(error)
+        except (JaxRuntimeError, MemoryError) as error:
+            notices = [f"golden prompts were not asked: {' '.join(str(error).split())[:200]}"]
+    if processes.any_of(refused):
+        raise InputError(
+            f"{source.path} does not answer as its {GOLDEN} says: {cause}; `jaxgpt check` and `python -m oracle "
+            "compare` tell more, --accept-loss trains it nonetheless"
+        )
+    return notices
 
 
 def check_loaded(config: ModelConfig, loss: float, *, accept: bool) -> None:

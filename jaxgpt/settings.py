@@ -75,7 +75,7 @@ class TrainSettings:
     sample_prompt: str = "def "
     """the fixed prompt"""
     accept_loss: bool = False
-    """go on although a loaded model's first validation loss looks like damaged weights"""
+    """go on although the data, a loaded model's first validation loss or its golden prompts look damaged"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "sequence_length", "epochs", "log_every", "keep"):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxgpt import checkpoint, device, field_checks, mesh, preflight, processes, transformer
+from jaxgpt import checkpoint, device, field_checks, gates, mesh, preflight, processes, transformer
 from jaxgpt.chat import PLAIN, TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
@@ -61,7 +61,7 @@ def _pretraining(settings: PretrainSettings) -> Run:
     if settings.out and Path(settings.out).resolve() == Path(settings.data).resolve():
         raise InputError(f"--out {settings.out} is the data's own folder; give another")
     shards.verify()
-    shards.judge_first_shard()
+    shards.judge_first_shard(accept=settings.train.accept_loss)
     tokenizer = shards.tokenizer()
     source = resumed or (checkpoint.load(settings.init_from) if settings.init_from else None)
     if source is not None:
@@ -76,6 +76,7 @@ def _pretraining(settings: PretrainSettings) -> Run:
         return PretrainBatches(shards, train.batch_size, train.sequence_length, train.seed, train.epochs)
 
     batches, train = _batches(windows, train, notices, resumed)
+    notices += gates.check_answers(source, accept=train.accept_loss) if source else []
     layout = _layout(settings, config, train, notices)
     params = source.params if source else transformer.init(config, train.seed, layout.parameters(config))
     held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
@@ -136,6 +137,7 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         return EpisodeBatches(training, size, length, train.seed, train.epochs, packed=settings.pack)
 
     batches, train = _batches(rows, train, notices, resumed)
+    notices += gates.check_answers(source, accept=train.accept_loss)
     layout = _layout(settings, source.config, train, notices)
     return Run(
         out=Path(settings.out),

@@ -58,7 +58,9 @@ def measure(counts: np.ndarray, documents: int, unknown_ids: np.ndarray) -> Stat
     )
 
 
-def judge(statistics: Statistics, what: str, *, unknown_cause: str = "", accept: bool = False) -> None:
+def judge(
+    statistics: Statistics, what: str, *, unknown_cause: str = "", accept: bool = False, flag: str = "--accept"
+) -> None:
     """Refuse ids that look broken; `what` names them in the message, `unknown_cause` is the tokenizer's.
 
     A vocabulary read in the wrong format gives almost only unknown tokens and an
@@ -66,7 +68,7 @@ def judge(statistics: Statistics, what: str, *, unknown_cause: str = "", accept:
 
     Raises:
         InputError: unknown above 1 %, or entropy below 2 bits on over 10,000
-            tokens, with the likely cause; never if `accept`.
+            tokens, with the likely cause and the command's `flag`; never if `accept`.
     """
     if accept:
         return
@@ -84,7 +86,7 @@ def judge(statistics: Statistics, what: str, *, unknown_cause: str = "", accept:
         cause = "the text repeats itself or the tokenizer does not split it"
     else:
         return
-    raise InputError(f"{what}: {found}; likely cause: {cause}; pass --accept to go on anyway")
+    raise InputError(f"{what}: {found}; likely cause: {cause}; pass {flag} to go on anyway")
 
 
 def unknown_ids(tokenizer: Tokenizer) -> np.ndarray:
