@@ -16,13 +16,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from jaxgpt import heartbeat
 from jaxgpt.errors import InputError
 from jaxgpt.parallel_settings import ProcessSettings
 
-GONE = (
-    "another process of this run is gone or cannot be reached (its own last lines say why); "
-    "start all of them again, with --resume if a step was saved"
-)
+GONE = f"another process of this run is gone or cannot be reached {heartbeat.AGAIN}"
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]oordination|[Hh]eartbeat")
 """What JAX says of a collective whose other side is not there."""
 _PATIENCE = 300
@@ -88,7 +86,7 @@ def joined(settings: ProcessSettings) -> Generator[None]:
         _join(settings)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         if lost(error):
             raise InputError(GONE) from error
         raise
@@ -96,7 +94,8 @@ def joined(settings: ProcessSettings) -> Generator[None]:
 
 def lost(error: BaseException) -> bool:
     """Whether a collective failed because another process is not there any more."""
-    return count() > 1 and type(error).__name__ == "JaxRuntimeError" and bool(_LOST.search(str(error)))
+    # Reading an array that a collective failed to make raises a plain ValueError with the same text.
+    return count() > 1 and type(error).__name__ in ("JaxRuntimeError", "ValueError") and bool(_LOST.search(str(error)))
 
 
 def end(code: int) -> None:
@@ -123,7 +122,7 @@ def _join(settings: ProcessSettings) -> None:
             settings.coordinator_address or None,
             settings.num_processes,
             settings.process_id,
-            heartbeat_timeout_seconds=settings.heartbeat_timeout,
+            heartbeat_timeout_seconds=settings.heartbeat_timeout + heartbeat.LATER,
             initialization_timeout=max(1, int(until - time.monotonic())),
         )
     except InputError:
@@ -137,8 +136,7 @@ def _join(settings: ProcessSettings) -> None:
         raise InputError(f"--distributed: {' '.join(str(error).split())}") from None
     finally:
         told.cancel()
-    # A process that is done waits there for the others, so that none takes it for dead.
-    atexit.register(jax.distributed.shutdown)
+    atexit.register(heartbeat.Heartbeat(settings.heartbeat_timeout).leave)
 
 
 def _tell_of_waiting(address: str) -> None:

@@ -4,12 +4,13 @@
 
 The devices are virtual ones of the CPU, so nothing here says how fast anything is. What
 rounding alone does to a loss is measured too: one device, with the rows of a batch in two
-halves. The last run is killed in one of its processes and started again.
+halves. Then one of two processes is killed or stopped, and the run is started again.
 """
 
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HEARTBEAT = 10
+HEARTBEAT = 6
 """Seconds after which a silent process counts as dead."""
 
 
@@ -134,22 +135,28 @@ def compare(folder: Path, steps: int) -> int:
         losses, norms = apart(found, expected), apart(found, expected, "grad_norm")
         worst = max(worst, losses, norms)
         print(f"| {title} | {found[-1]['loss']:.6f} | {losses:.1e} | {norms:.1e} |", flush=True)
-    return max(killed(folder, data, steps, expected), int(worst > 1e-5))
+    return max(lost(folder, data, steps, expected), int(worst > 1e-5))
 
 
-def killed(folder: Path, data: Path, steps: int, expected: Sequence[Mapping[str, Any]]) -> int:
-    """One of two processes is killed after step 7; how long the other lives, and what a new start makes of it."""
-    out = folder / "killed"
-    pair = Processes(out, [*pretrain(data, out, steps), "--fsdp", "4"])
-    pair.after(7)
-    pair.running[1].kill()
-    at = time.monotonic()
-    code, _ = pair.codes(within=HEARTBEAT + 30)
-    print(f"\none of two processes killed: the other ended {time.monotonic() - at:.1f} s later, exit code {code}")
+def lost(folder: Path, data: Path, steps: int, expected: Sequence[Mapping[str, Any]]) -> int:
+    """One of two processes is lost after step 7; how the other ends, and what a new start makes of it."""
+    wrong = 0
+    print("\n| one of two processes | the other ended after | with exit code |\n| --- | --- | --- |")
+    for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)):
+        out = folder / f"lost-{victim}-{number}"
+        pair = Processes(out, [*pretrain(data, out, steps), "--fsdp", "4"])
+        pair.after(7)
+        pair.running[victim].send_signal(number)
+        at = time.monotonic()
+        code = pair.running[1 - victim].wait(HEARTBEAT + 30)
+        print(f"| {victim}: {number.name} | {time.monotonic() - at:.1f} s | {code} |", flush=True)
+        pair.running[victim].kill()
+        pair.running[victim].wait()
+        wrong += code != 2
     again = Processes(out, ["pretrain", "--out", str(out), "--resume"], slurm=True)
     assert again.codes(within=600) == [0, 0], again.words(0)[-2000:]
-    print(f"started again: {len(trained(out))} steps in the log, losses apart {apart(trained(out), expected):.1e}")
-    return int(code == 0 or len(trained(out)) != steps)
+    print(f"\nstarted again: {len(trained(out))} steps in the log, losses apart {apart(trained(out), expected):.1e}")
+    return int(wrong or len(trained(out)) != steps)
 
 
 def main() -> int:
