@@ -6,6 +6,7 @@ It is imported where it is used: it is slow to load.
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from jaxgpt import processes
 from jaxgpt.array_files import Header
 from jaxgpt.errors import InputError
 from jaxgpt.step_folder import Contents
+
+_NEVER_BEGUN = ("async_serialize_from_host", "_create_paths")
+"""Coroutines that Orbax leaves behind."""
 
 
 def begin(partial: Path, contents: Contents, copy: bool) -> Any:
@@ -63,6 +67,8 @@ def _orbax() -> Any:
     # Orbax reports on its own thread what `Saving.result` raises, and warns of storage chosen on purpose.
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     logging.getLogger("asyncio").addFilter(_is_news)
+    # Of what a save that failed had still to do, Python warns when it forgets it.
+    warnings.filterwarnings("ignore", f"coroutine '({'|'.join(_NEVER_BEGUN)})\\b.*' was never awaited", RuntimeWarning)
     _hush_tensorstore()
     try:
         from orbax.checkpoint import v1 as ocp

@@ -10,8 +10,8 @@ import pytest
 from conftest import LLAMA, random_params
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgpt import device
-from jaxgpt.checkpoint import save
+from jaxgpt import checkpoint, device
+from jaxgpt.checkpoint import load, save
 from jaxgpt.errors import InputError
 from jaxgpt.step_folder import Contents
 
@@ -28,6 +28,16 @@ def test_a_save_that_fails_in_many_arrays_is_told_once(tmp_path: Path, caplog: p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caplog.records == []
+    assert load(tmp_path).step == 1
+
+
+def test_a_save_that_cannot_begin_leaves_nothing_that_python_warns_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "_clean", lambda _: None)
+    (tmp_path / ".step-00000001.partial").mkdir()
+    contents = Contents(LLAMA, random_params(LLAMA), "base", "float32", [], None, None, {})
+    with pytest.raises(InputError, match=r"step 1 was not saved: .*\.partial"):
+        save(tmp_path, 1, contents).result()
+    gc.collect()
 
 
 def test_a_home_that_cannot_be_written_only_makes_starts_slower(monkeypatch: pytest.MonkeyPatch):
