@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT end a run after its present step, in all its processes at the same one."""
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,13 +31,30 @@ class StopSignals:
                 raise KeyboardInterrupt
             self.by = signal.Signals(number).name
 
-        try:
-            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: the caller owns the signals
+        with _handled(stop, signal.SIGTERM, signal.SIGINT):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def interrupting() -> Generator[None]:
+    """SIGTERM is what SIGINT is inside: around a run, where there is nothing to save."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(interrupt, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Generator[None]:
+    try:
+        before = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:  # not the main thread: the caller owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -23,6 +23,7 @@ from jaxgpt.presets import PRESETS
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
 from jaxgpt.step_folder import steps
+from jaxgpt.stop_signals import interrupting
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training_loop import Loop, Run, TrainResult
 
@@ -93,7 +94,8 @@ def _pretraining(settings: PretrainSettings) -> Run:
         batches=batches,
         held_out=_validation(held_out, train) if held_out else [],
         layout=layout,
-        fresh=source is None,
+        # A run that a signal ended before its first step goes on with weights that are still new.
+        fresh=not settings.init_from and (resumed is None or resumed.step == 0),
         origin={"command": "pretrain", "settings": _kept(settings, train)},
         parent=settings.init_from or None,
         lineage=_lineage(source),
@@ -116,7 +118,7 @@ def sft(settings: SFTSettings) -> TrainResult:
 def _writing(settings: PretrainSettings | SFTSettings) -> Generator[RunLock]:
     """One process, or several with one that writes, and the lock of the run folder."""
     out = _given("--out", settings.out)
-    with processes.joined(settings.processes), RunLock(out, wanted=processes.first()) as lock:
+    with interrupting(), processes.joined(settings.processes), RunLock(out, wanted=processes.first()) as lock:
         yield lock
 
 

@@ -70,7 +70,7 @@ class TrainResult:
     memory_estimate: int | None = None
     """Bytes at the peak, as told before the first step."""
     memory_peak: int | None = None
-    """Bytes that were in use at the peak; None where the process had used more before."""
+    """Bytes that were in use at the peak; None where the process had used more before, or took no step."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Loop:
         self.failure: CheckpointError | None = None
         """Why the newest save came to nothing."""
         self.stops = StopSignals()
+        self.log: run_log.RunLog | run_log.NoLog = run_log.NoLog()
         self.divergence = gates.Divergence(run.config, run.settings.learning_rate)
         if run.resumed:
             self._restore(run.resumed)
@@ -163,22 +164,14 @@ class Loop:
         """From the present state to the end of the run."""
         started = time.monotonic()
         step = int(self.state.step)
-        self.preflight = self._look()
-        self.preflight.refuse()
-        self._gate(step)
-        before = device_memory.peak()
-        self.lock.acquire()
-        self._prepare(step)
-        resumed_at = step if self.r.resumed else None
-        first = processes.first()
-        self.log = run_log.RunLog(self.r.out, self.settings.steps, resumed_at=resumed_at) if first else run_log.NoLog()
         try:
             with self.stops.watched():
+                before = self._open(step)
                 self._announce(step)
                 reason = self._steps(step)
                 self._finish(int(self.state.step))
-            peak = self._peak(before)
-            if first and reason != "signal":  # who sends one does not wait
+            peak = self._peak(before) if int(self.state.step) > step else None
+            if processes.first() and reason != "signal":  # who sends one does not wait
                 self._prove()
             self.log.write("end", int(self.state.step), reason=reason, memory_peak=peak)
         except Exception as error:
@@ -200,6 +193,19 @@ class Loop:
             memory_estimate=self.preflight.memory,
             memory_peak=peak,
         )
+
+    def _open(self, step: int) -> int:
+        """Refuse what cannot be run, then begin to write; the memory in use at the peak until then."""
+        self.preflight = self._look()
+        self.preflight.refuse()
+        self._gate(step)
+        before = device_memory.peak()
+        self.lock.acquire()
+        self._prepare(step)
+        if processes.first():
+            resumed_at = step if self.r.resumed else None
+            self.log = run_log.RunLog(self.r.out, self.settings.steps, resumed_at=resumed_at)
+        return before
 
     def dry_run(self) -> Preflight:
         """What the run would take; where it fits, a step or two are taken, and nothing is kept of them.
@@ -231,8 +237,11 @@ class Loop:
         return peak
 
     def _gate(self, step: int) -> None:
-        """Refuse, before anything is written, weights that cannot be right."""
-        if self.r.resumed or step:
+        """Refuse, before anything is written, weights that cannot be right.
+
+        After a signal there is no time for it: the run that goes on from step 0 begins with it.
+        """
+        if step or self.stops.told():
             return
         if self.r.fresh:
             gates.check_fresh(self.r.config, self.state.params, self.dtype, self.r.layout)

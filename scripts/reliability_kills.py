@@ -38,8 +38,8 @@ from typing import Any
 
 # Programs are compiled once for all processes, and quickly: they are tiny, and only compared with each other.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 from reliability_run import encode_text, words
@@ -132,7 +132,7 @@ def run_until(kill: Kill | None, arguments: list[str], errors: Path) -> int:
     child = os.fork()
     if not child:
         os.close(told)
-        _be_the_run(kill, arguments, errors, tell)
+        be_the_run(kill, arguments, errors, tell)
     os.close(tell)
     if kill and not kill.point:
         _kill_at(child, kill, told)
@@ -141,7 +141,8 @@ def run_until(kill: Kill | None, arguments: list[str], errors: Path) -> int:
     return status
 
 
-def _be_the_run(kill: Kill | None, arguments: list[str], errors: Path, tell: int) -> None:
+def be_the_run(kill: Kill | None, arguments: list[str], errors: Path, tell: int) -> None:
+    """The command, and the end of this process; `tell` is written to when it has taken the steps of the plan."""
     # One that hangs is found, as one that ends otherwise than planned.
     signal.alarm(LONGEST_RUN)
     with errors.open("w") as file:

@@ -124,7 +124,7 @@ def terminated(moment: str, folder: Path, data: Path) -> Ending:
     run.until(MOMENTS[moment])
     begun = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
-    ending = run.ended(f"SIGTERM in {moment}", begun, (130,) if moment != "compile" else (130, -signal.SIGTERM))
+    ending = run.ended(f"SIGTERM in {moment}", begun, (130,))
     if ending.taken != (ending.saved or 0):
         ending.problems.append(f"step {ending.taken} was taken, {ending.saved} is saved")
     return ending

@@ -25,14 +25,6 @@ def trial(script: str, *words: object, seconds: int = 900) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-@pytest.mark.exhaustive
-def test_a_run_killed_in_a_step_and_in_a_save_goes_on_as_if_nothing_had_happened():
-    found = trial("reliability_kills.py", "--count", 2, "--steps", 8)
-    assert (found["kills"], found["at_points_of_a_save"], found["problems"]) == (2, 1, 0)
-    assert found["steps_compared"] >= 8
-
-
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_runs_killed_at_twenty_moments_go_on_as_if_nothing_had_happened():
