@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from bare_runs import bare
 
-from jaxgpt import checkpoint, gates, run_log, train, training_loop, transformer
+from jaxgpt import checkpoint, cli, gates, run_log, train, training_loop, transformer
 from jaxgpt.chat import CHATML
 from jaxgpt.data.encode import encode
 from jaxgpt.data.instructions import MICRO, generate
@@ -92,7 +93,7 @@ def test_resume_after_a_stop_in_the_middle_is_bit_for_bit(data, base, tmp_path, 
     assert losses(out) == losses(base), "each step once, with the same loss"
 
 
-def test_resume_refuses_other_data(data, tmp_path, monkeypatch):
+def test_resume_refuses_other_data(data, tmp_path, monkeypatch, capsys):
     out, copied = tmp_path / "run", tmp_path / "data"
     copied.mkdir()
     for file in data.iterdir():
@@ -105,8 +106,12 @@ def test_resume_refuses_other_data(data, tmp_path, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:-2] + shard.read_bytes()[:2])
     index["splits"]["train"]["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
     (copied / "index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="dataset fingerprint differs from checkpoint"):
-        train.pretrain(PretrainSettings(out=str(out), resume=True))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--out", str(out), "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"jaxgpt: dataset fingerprint differs from checkpoint \([^\n]+\)[^\n]*\n", told), told
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "nothing was written"
 
 
 def test_a_new_run_never_overwrites_an_old_one(data, base):
@@ -162,7 +167,9 @@ def test_a_model_without_heads_is_refused():
         train.model_config(ModelSettings(num_attention_heads=0), 320)
 
 
-def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_saved(data, tmp_path, monkeypatch):
+def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_saved(
+    data, tmp_path, monkeypatch, capsys
+):
     plain = training_loop.train_step
 
     def poisoned(config, settings, dtype, state, batches, layout):
@@ -175,6 +182,8 @@ def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_batch_
     last = r"loss NaN at step 7; update skipped \(3 of 3\); batch saved as .*00000007.npz"
     with pytest.raises(InputError, match=last):
         train.pretrain(settings(data, out))
+    told = [line for line in capsys.readouterr().err.splitlines() if "NaN" in line]
+    assert told == [f"loss NaN at step {n + 4}; update skipped ({n} of 3); batch saved" for n in (1, 2, 3)]
     assert steps(out) == [3, 6], "what was saved before stands"
     assert np.load(out / "bad-batch-00000007.npz")["ids"].shape == (2, 2, 64)
     assert [record["step"] for record in run_log.read(out) if record["event"] == "skipped"] == [5, 6, 7]
