@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -118,25 +119,38 @@ def _join(settings: ProcessSettings) -> None:
     try:
         if settings.coordinator_address and settings.process_id:
             _reach(settings.coordinator_address, until)
-        jax.distributed.initialize(
-            settings.coordinator_address or None,
-            settings.num_processes,
-            settings.process_id,
-            heartbeat_timeout_seconds=settings.heartbeat_timeout + heartbeat.LATER,
-            initialization_timeout=max(1, int(until - time.monotonic())),
-        )
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(
-            f"--distributed: neither Slurm, Kubernetes nor Open MPI started this process ({error}); give "
-            "--coordinator-address HOST:PORT, --num-processes and --process-id"
-        ) from None
-    except RuntimeError as error:
-        raise InputError(f"--distributed: {' '.join(str(error).split())}") from None
+        _initialize(settings, until)
     finally:
         told.cancel()
     atexit.register(heartbeat.Heartbeat(settings.heartbeat_timeout).leave)
+
+
+def _initialize(settings: ProcessSettings, until: float) -> None:
+    import jax
+
+    # JAX warns where it sees Kubernetes and has no package to ask it with.
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        try:
+            jax.distributed.initialize(
+                settings.coordinator_address or None,
+                settings.num_processes,
+                settings.process_id,
+                heartbeat_timeout_seconds=settings.heartbeat_timeout + heartbeat.LATER,
+                initialization_timeout=max(1, int(until - time.monotonic())),
+            )
+        except ValueError as error:
+            raise InputError(
+                "--distributed: neither Slurm, Kubernetes nor Open MPI started this process "
+                f"({_in_a_line(warned[-1].message if warned else error)}); give "
+                "--coordinator-address HOST:PORT, --num-processes and --process-id"
+            ) from None
+        except Exception as error:  # of Kubernetes' client, too
+            kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            raise InputError(f"--distributed: {kind}{_in_a_line(error)}") from None
+
+
+def _in_a_line(said: object) -> str:
+    return " ".join(str(said).split())
 
 
 def _tell_of_waiting(address: str) -> None:
