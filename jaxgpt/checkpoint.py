@@ -465,7 +465,10 @@ def _compare_dtypes(headers: Mapping[str, Header], requested: Mapping[str, str],
     for name, header in headers.items():
         wanted = requested.get(name)
         if header.dtype != wanted and cast is None:
-            raise InputError(f"params.{name} is {header.dtype}, requested {wanted}; pass --cast {wanted}")
+            raise InputError(
+                f"params.{name} is {header.dtype}, requested {wanted}; `jaxgpt export --dtype {wanted}` casts it, "
+                "`jaxgpt import` makes a checkpoint of that"
+            )
 
 
 def _below(tree: str, sizes: Mapping[str, int]) -> dict[str, int]:

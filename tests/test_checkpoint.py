@@ -322,7 +322,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "dtype": (
         "model.json",
         lambda m: m["parameters"]["head.weight"].update(dtype="bfloat16"),
-        "params.head.weight is float32, requested bfloat16; pass --cast bfloat16",
+        "params.head.weight is float32, requested bfloat16; `jaxgpt export --dtype bfloat16` casts it",
     ),
     "format": ("model.json", lambda m: m.update(format_version=9), "has format version 9; this jaxgpt reads version 1"),
     "unknown config key": ("model.json", lambda m: m["config"].update(x=1), "model config has unknown keys x"),

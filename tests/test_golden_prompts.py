@@ -18,9 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jaxgpt import checkpoint, golden_prompts, manifest, step_folder
+from jaxgpt import check as check_module
+from jaxgpt import checkpoint, cli, golden_prompts, manifest, step_folder
 from jaxgpt.chat import CHATML
 from jaxgpt.checks.golden import golden_prompts_test
+from jaxgpt.checks.report import CheckLine
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf, importing
 from jaxgpt.lm import LM
@@ -274,6 +276,30 @@ def test_a_file_that_jaxgpt_did_not_write_is_refused(step: Path, change: Any):
         golden_prompts.read(step)
 
 
+def test_the_command_asks_them_again(step: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """With the other checks, which have tests of their own, left out."""
+    others = [name for name in vars(check_module) if name.endswith("_test") and name != "golden_prompts_test"]
+    assert len(others) == 9
+    for name in others:
+        monkeypatch.setattr(check_module, name, lambda lm, name=name, **_: CheckLine(name, "PASS", ""))
+    assert cli.main(["check", str(step)]) == 0
+    told = capsys.readouterr().out
+    assert "PASS golden_prompts_test: 4 prompts, 64 greedy ids and their logits are those of this machine, bit" in told
+    assert cli.main(["check", str(reweighted(step, shuffled_rows))]) == 1
+    assert "FAIL golden_prompts_test: the logits after " in capsys.readouterr().out
+
+    def otherwise(values: dict[str, Any]) -> None:
+        row = values["prompts"][0]
+        row.update(sha256="0" * 64, greedy=[*row["greedy"][:-1], (row["greedy"][-1] + 1) % 100])
+        row["places"] = row["places"][:2]
+
+    changed(step, GOLDEN, otherwise)
+    assert cli.main(["check", str(step), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert "golden_prompts_test" in json.loads(printed.out)["cause"]
+    assert "FAIL golden_prompts_test: after 'Once upon a' greedy id 16 is " in printed.err
+
+
 # -- Where they come from and where they go --------------------------------------------
 
 
@@ -319,6 +345,34 @@ def test_an_import_has_them_and_an_export_takes_them_along_unless_it_is_cast(pro
     hf.export_hf(proved, cast, cast="bfloat16")
     values = json.loads((cast / GOLDEN).read_text("utf-8"))
     assert values["compute_dtype"] == "bfloat16"
+
+
+def test_an_export_of_a_step_without_them_asks_the_model_or_says_why_not(
+    step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "bare").mkdir()
+    bare = Path(shutil.copytree(step, tmp_path / "bare" / step.name))
+    (bare / GOLDEN).unlink()
+    manifest.seal(bare)
+    assert cli.main(["export", str(bare), str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / GOLDEN).read_bytes() == (step / GOLDEN).read_bytes()
+    silent = reweighted(step, lambda params: params["final_norm.weight"].fill(np.nan))
+    (silent / GOLDEN).unlink()
+    manifest.seal(silent)
+    capsys.readouterr()
+    assert cli.main(["export", str(silent), str(tmp_path / "nan")]) == 0
+    assert "no golden prompts: the model's logits are not finite" in capsys.readouterr().err.splitlines()
+    assert not (tmp_path / "nan" / GOLDEN).exists()
+
+
+def test_an_export_as_gguf_says_that_it_leaves_them_out(step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    left_out = "golden.json is left out: a GGUF file has no place for it; an export as hf carries it"
+    assert cli.main(["export", str(step), str(tmp_path / "a.gguf"), "--format", "gguf"]) == 0
+    assert left_out in capsys.readouterr().err.splitlines()
+    (step / GOLDEN).unlink()
+    manifest.seal(step)
+    assert cli.main(["export", str(step), str(tmp_path / "b.gguf"), "--format", "gguf"]) == 0
+    assert "golden" not in capsys.readouterr().err
 
 
 def test_an_import_of_large_weights_leaves_them_out_and_says_how_to_add_them(proved: Path, tmp_path: Path, monkeypatch):

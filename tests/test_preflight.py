@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt import checkpoint, cli, device_memory, golden_prompts, preflight, run_log, transformer
+from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import CHATML
 from jaxgpt.checkpoint import Contents
 from jaxgpt.data.batches import empty_batch
@@ -26,6 +28,7 @@ from jaxgpt.presets import PRESETS
 from jaxgpt.settings import TrainSettings
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.train_step import initial_state, stacked, train_step
+from jaxgpt.training_loop import Loop
 
 CONFIG = dataclasses.replace(
     PRESETS["llama-tiny"], vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
@@ -157,7 +160,14 @@ def test_a_dry_run_says_it_all_and_writes_nothing(data, tmp_path, capsys, monkey
         assert re.search(rf"^{name}  ", printed.err, re.MULTILINE), name
     # Without --out, too, and for people on stdout.
     assert cli.main(words(data, "--dry-run")) == 0
-    assert capsys.readouterr().out.startswith(f"{found['parameters']:,} parameters, float32 on cpu, ")
+    headline = capsys.readouterr().out.splitlines()[0]
+    starved = re.fullmatch(
+        rf"{found['parameters']:,} parameters, float32 on cpu, ([\d.]+) tokens a parameter "
+        r"\(fewer than the 20 that use compute best\)",
+        headline,
+    )
+    assert starved, headline
+    assert float(starved[1]) == pytest.approx(found["tokens_per_parameter"], rel=0.05)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,6 +175,8 @@ def test_the_first_loss_told_is_that_of_the_first_step(data, tmp_path, capsys, m
     # What a run does after its last step has tests of its own.
     monkeypatch.setattr(golden_prompts, "add", lambda _: None)
     monkeypatch.setattr(run_log, "picture", lambda _: None)
+    peaks = iter([1, 3 * 10**12])
+    monkeypatch.setattr(device_memory, "peak", lambda: next(peaks))
     assert cli.main(words(data, "--out", tmp_path / "out")) == 0
     told, first = (next(r for r in run_log.read(tmp_path / "out") if r["event"] == e) for e in ("preflight", "train"))
     assert told["first_loss"] == pytest.approx(first["loss"], rel=1e-5)
@@ -172,8 +184,23 @@ def test_the_first_loss_told_is_that_of_the_first_step(data, tmp_path, capsys, m
     printed = capsys.readouterr().err
     assert f"first loss      {first['loss']:.4f} nats a token" in printed
     assert re.search(r"s to finish, [\d.]+ s a step", printed)
+    # What was used is held against the estimate, here a planted peak.
+    assert f"memory: 3.0 TB at the peak, {in_bytes(told['memory'])} had been expected" in printed
+    assert run_log.read(tmp_path / "out")[-1]["memory_peak"] == 3 * 10**12
     # What is left of a run is told before it goes on.
     assert cli.main(["pretrain", "--out", str(tmp_path / "out"), "--resume", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("peak", "found", "said"),
+    [(99, None, False), (1000, 1000, False), (1250, 1250, False), (1251, 1251, True), (799, 799, True)],
+)
+def test_an_estimate_that_was_wrong_by_more_than_a_quarter_is_said(peak, found, said, monkeypatch):
+    lines: list[str] = []
+    loop = SimpleNamespace(preflight=SimpleNamespace(memory=1000), log=SimpleNamespace(say=lines.append))
+    monkeypatch.setattr(device_memory, "peak", lambda: peak)
+    assert Loop._peak(loop, before=100) == found
+    assert bool(lines) == said
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written_and_what_fits_is_named(

@@ -26,6 +26,7 @@ from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError, first
 from jaxgpt.formats import gguf_header, gguf_metadata, gguf_tokenizer
 from jaxgpt.formats.gguf_metadata import Metadata
+from jaxgpt.step_folder import GOLDEN
 from jaxgpt.weights import GGUFTensor
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ def export_gguf(
     """
     _refuse_existing(Path(out))
     gguf_header.require_package()
-    return write(checkpoint.load(directory, mapped=True), out, dtype=dtype, progress=progress)
+    source = checkpoint.load(directory, mapped=True)
+    notices = write(source, out, dtype=dtype, progress=progress)
+    if (source.path / GOLDEN).is_file():
+        notices.append(f"{GOLDEN} is left out: a GGUF file has no place for it; an export as hf carries it")
+    return notices
 
 
 def write(source: Checkpoint, out: str | Path, *, dtype: Dtype = "keep", progress: Progress | None = None) -> list[str]:
