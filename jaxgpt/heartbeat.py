@@ -30,7 +30,8 @@ LATER = 15
 """Seconds by which JAX's own heartbeat comes after this one."""
 AGAIN = "(its own last lines say why); start all of them again, with --resume if a step was saved"
 _SLICE = 1.0
-"""Seconds of one wait. Waits are counted, not timed: a process that was itself suspended is not to blame others."""
+"""Seconds of one wait, with a look for the coordinator. Waits are counted, not timed: a process that was itself
+suspended is not to blame others."""
 _LONGER = 3
 """Seconds for which the others wait more than process 0, which knows who was silent."""
 _LAST = 2.0
@@ -51,7 +52,7 @@ class Heartbeat:
         state: Any = distributed.global_state
         self._client, self._count = state.client, state.num_processes
         host, _, port = state.coordinator_address.rpartition(":")
-        self._coordinator = host.strip("[]"), int(port)
+        self._coordinator = _met(host.strip("[]"), int(port)) if state.process_id else None
         self._number, self._seconds, self._pause = state.process_id, seconds, seconds / 20
         self._leaving, self._left, self._turn = threading.Event(), threading.Event(), threading.Semaphore()
         _hold_abort()
@@ -117,7 +118,7 @@ class Heartbeat:
 
         for _ in range(math.ceil(seconds / _SLICE)):
             try:
-                return self._client.blocking_key_value_get(_key(number, beat), round(1000 * _SLICE))
+                return self._client.blocking_key_value_get(_key(number, beat), round(900 * _SLICE))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     if self._leaving.is_set():
@@ -132,10 +133,20 @@ def _key(number: int, beat: int) -> str:
     return f"jaxgpt/beat/{number}/{beat}"
 
 
-def _nobody_at(address: tuple[str, int]) -> bool:
-    """Whether the machine is there and nobody listens; one that does not answer may be slow."""
+def _met(host: str, port: int) -> tuple[str, int] | None:
+    """The address at which the coordinator answers, for which no name server will be asked again."""
     try:
-        socket.create_connection(address, timeout=_SLICE).close()
+        with socket.create_connection((host, port), timeout=5) as connection:
+            return connection.getpeername()[:2]
+    except OSError:
+        return None
+
+
+def _nobody_at(address: tuple[str, int] | None) -> bool:
+    """Whether the machine is there and nobody listens any more; one that does not answer may be slow."""
+    try:
+        if address:
+            socket.create_connection(address, timeout=0.1 * _SLICE).close()
     except ConnectionRefusedError:
         return True
     except OSError:
