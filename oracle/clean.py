@@ -19,10 +19,10 @@ from oracle.comparison import Comparison
 from oracle.noise import Calibration
 from oracle.reference import DTYPES, Reference
 from oracle.results import Finding, Report
-from oracle.rungs import bits, environment, forward, ids, operators, optimizer, statistics
+from oracle.rungs import bits, environment, forward, golden, ids, operators, optimizer, statistics
 
-EXACT = (environment.NAME, ids.NAME, bits.NAME, statistics.NAME)
-"""Rungs that decide without measured limits."""
+EXACT = (environment.NAME, ids.NAME, bits.NAME, statistics.NAME, golden.NAME)
+"""Rungs that decide without measured limits of their own."""
 RUNGS = tuple(name for name in ladder.LADDER if name not in EXACT)
 """Every other rung of the ladder."""
 WITHOUT_JIT = (operators.NAME, forward.NAME)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.golden_prompts import Golden
 from oracle import probe
 from oracle.candidate import Candidate
 from oracle.compare import Judge
@@ -25,6 +26,8 @@ class Comparison:
     seed: int = 0
     stop_ids: tuple[int, ...] | None = None
     """Ids that end a text in a checkpoint without a tokenizer; None where the candidate's text side has them."""
+    golden: Golden | None = None
+    """What the checkpoint says that it answered where it was made; None without, or once the candidate was changed."""
     measured: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What the rung operators measured of this reference on these inputs: see its `Measured`."""
 

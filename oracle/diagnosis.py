@@ -66,10 +66,10 @@ def bisect(
         if repaired is None:
             causes.append(cause)
             break
-        # A repaired candidate is no longer the one that was exported.
+        # A repaired candidate is no longer the one that was exported, nor the one that gave the golden answers.
         export = None if rung.name == bits.NAME else comparison.export
         repaired = replace(repaired, dtype=comparison.candidate.dtype)
-        comparison = replace(comparison, candidate=repaired, export=export)
+        comparison = replace(comparison, candidate=repaired, export=export, golden=None)
         # Rungs below this one have passed, and no repair here can reach them.
         now = before = _after(before, ladder.climb(comparison, rungs=_from(rung.name, rungs), progress=progress))
         behind = now if place.candidate.dtype == repaired.dtype else _again(place, repaired, first.name, rungs)

@@ -17,6 +17,7 @@ from oracle.rungs import (
     decode_site,
     environment,
     forward,
+    golden,
     gradients,
     ids,
     loss,
@@ -41,8 +42,9 @@ LADDER: dict[str, Rung] = {
     gradients.NAME: gradients.run,
     optimizer.NAME: optimizer.run,
     decode.NAME: lambda c: decode.run(c.candidate, c.reference, c.decoding(), c.judge(decode.NAME)),
+    golden.NAME: golden.run,
 }
-"""In causal order."""
+"""In causal order; the last is climbed by checkpoints that have golden prompts."""
 
 
 def climb(
@@ -61,7 +63,7 @@ def climb(
     """
     results: list[RungResult] = []
     with jax.default_matmul_precision("highest"), threads.fitting(comparison.candidate.config):
-        for name in (name for name in LADDER if name in rungs):
+        for name in (name for name in LADDER if name in rungs and (name != golden.NAME or comparison.golden)):
             progress(name)
             results.append(_timed(name, comparison))
             if results[-1].verdict == "inconclusive" or (results[-1].verdict == "fail" and not everything):

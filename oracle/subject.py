@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from jaxgpt import checkpoint
+from jaxgpt import checkpoint, golden_prompts
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.errors import InputError
 from jaxgpt.formats import hf, importing
@@ -79,11 +79,12 @@ def compare(
         progress("export")
         loaded, chosen = _exported(directory, export, dtype, plant)
         stops = None if loaded.tokenizer else tuple(loaded.eos_token_ids)
+        golden = golden_prompts.read(loaded.path)
         del loaded  # its arrays are the candidate's
         reference = Reference.load(source or export, dtype)
         if source is not None:
             preconditions.refuse_not_finite(reference, source)
-        comparison = Comparison(chosen, reference, export, source, calibration, seed, stops)
+        comparison = Comparison(chosen, reference, export, source, calibration, seed, stops, golden)
         climb = diagnosis.bisect if diagnose else ladder.climb
         try:
             report = climb(comparison, everything=everything, progress=begins)

@@ -66,7 +66,7 @@ def bisected(comparison: Comparison, *rungs: str, **changes: Any) -> Report:
 def test_a_true_model_passes_every_rung(made: Callable[..., Comparison], name: str, dtype: str):
     report = ladder.climb(made(name, dtype, num_hidden_layers=1))  # layers are alike, and compiling them takes long
     assert report.verdict == "pass", report.broken
-    assert [rung.verdict for rung in report.rungs] == ["pass"] * len(ladder.LADDER)
+    assert [rung.verdict for rung in report.rungs] == ["pass"] * (len(ladder.LADDER) - 1)
 
 
 def test_the_taps_of_both_sides_pair_up_norms_of_heads_between_heads_and_rotation(made: Callable[..., Comparison]):

@@ -153,7 +153,7 @@ def test_the_rungs_that_are_calibrated_are_those_that_ask_for_limits(folder: Pat
     listening = _Listening()
     candidate, reference = models.candidate(folder, "float32"), Reference.load(folder, "float32")
     report = ladder.climb(Comparison(candidate, reference, folder, folder, listening, SEED), everything=True)
-    assert [rung.name for rung in report.rungs] == list(ladder.LADDER)
+    assert [rung.name for rung in report.rungs] == [*ladder.LADDER][:-1], "it has no golden prompts"
     assert listening.asked == set(clean.RUNGS)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -1,6 +1,8 @@
 """`python -m oracle`: exit codes, messages and the JSON report."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from oracle import models, noise, subject
+from jaxgpt import golden_prompts, manifest
+from jaxgpt.step_folder import GOLDEN
+from oracle import ladder, models, noise, subject
 from oracle.__main__ import main
 from oracle.noise import Calibration
+from oracle.rungs import golden
 
 CONFIG = models.MODELS["llama"] | {"num_hidden_layers": 1, "max_position_embeddings": 24}
 
@@ -23,6 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp("cli")
     source = models.write(CONFIG, place / "hf", "float32", seed=77)
     subject.import_folder(source, place / "checkpoint")
+    assert golden_prompts.add(place / "checkpoint") is None
     return source, place / "checkpoint"
 
 
@@ -49,7 +55,67 @@ def test_a_checkpoint_alone_is_compared_with_its_own_export(
     assert main(["compare", str(folders[1])]) == 0
     printed = capsys.readouterr().out
     assert "against the export only (no --reference)" in printed
+    answered = re.search(
+        r"^  golden +pass .* (\d+) prompts: (\d+) of (\d+) greedy ids are the reference's", printed, re.M
+    )
+    assert answered, printed
+    assert int(answered[2]) == int(answered[3]) == 12 * int(answered[1])
     assert "no --reference folder to compare the weights with" in printed
+
+
+def otherwise(values: dict[str, Any]) -> None:
+    """Another id where the model was sure of its own."""
+    row = values["prompts"][0]
+    step = int(np.argmax(row["margins"]))
+    row["greedy"][step] = (row["greedy"][step] + 1) % 100
+
+
+def moved(values: dict[str, Any]) -> None:
+    """One number of one fingerprint, by a thousandth."""
+    values["prompts"][1]["places"][1]["sketch"][7] += 1e-3
+
+
+def of_another_model(values: dict[str, Any]) -> None:
+    values["vocab_size"] += 64
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            otherwise,
+            r"logits \(after 12 ids of no text\), in the rung golden. Greedy token \d+ is \d+, the reference's",
+        ),
+        (moved, r"logits \(after 5 ids of no text, 6 greedy ids on\), in the rung golden. Error .* times the noise"),
+        (of_another_model, r"logits, in the rung golden. golden.json is of a model with [\d,]+ ids, this one has"),
+    ],
+)
+def test_golden_prompts_that_the_reference_answers_otherwise_fail(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Any,
+    said: str,
+):
+    monkeypatch.setattr(ladder, "LADDER", {golden.NAME: ladder.LADDER[golden.NAME]})
+    run = Path(shutil.copytree(folders[1], tmp_path / "run"))
+    (step,) = (path for path in run.iterdir() if path.is_dir())
+    values = json.loads((step / GOLDEN).read_text("utf-8"))
+    change(values)
+    (step / GOLDEN).write_text(json.dumps(values), "utf-8")
+    manifest.seal(step)
+    assert main(["compare", str(run), "--json", str(tmp_path / "report.json")]) == 1
+    printed = capsys.readouterr().out
+    assert re.match(rf"FAIL. First divergence: {said}", printed), printed
+    (rung,) = json.loads((tmp_path / "report.json").read_text("utf-8"))["rungs"]
+    assert (rung["name"], rung["verdict"]) == ("golden", "fail")
+    if change is moved:
+        assert main(["bisect", str(run)]) == 1
+        assert "Cause: unknown, at logits" in capsys.readouterr().out
+        assert main(["compare", str(run), "--dtype", "bfloat16"]) == 0
+        said = "not compared: they were answered in float32, the comparison is in bfloat16"
+        assert said in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_other_weights_fails_and_names_the_first_parameter(

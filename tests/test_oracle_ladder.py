@@ -123,7 +123,7 @@ def place(found: Report) -> tuple[str, str, str]:
 def test_a_true_model_passes_every_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str):
     _decode(monkeypatch, lambda made: {"prompts": made.prompts[:8], "new_tokens": made.new_tokens[:8]})
     found = load(ONE_LAYER[family], dtype, tmp_path).compare()
-    assert [rung.name for rung in found.rungs] == list(ladder.LADDER)
+    assert [rung.name for rung in found.rungs] == [*ladder.LADDER][:-1], "it has no golden prompts"
     assert found.verdict == "pass", terminal.verdict(found)
     assert terminal.exit_code(found) == 0
     if dtype == "float32":

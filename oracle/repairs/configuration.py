@@ -17,7 +17,7 @@ from oracle.rungs import bits
 from oracle.rungs.bits import ParameterSite
 from oracle.site import Site
 
-RUNGS = tuple(name for name in ladder.LADDER if name not in ("environment", "ids", "statistics"))
+RUNGS = tuple(name for name in ladder.LADDER if name not in ("environment", "ids", "statistics", "golden"))
 HF_NAMES = {
     "hidden_size": "hidden_size or n_embd",
     "intermediate_size": "intermediate_size or n_inner",

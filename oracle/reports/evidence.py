@@ -21,6 +21,7 @@ ASKS = {
     "gradients": "Is the gradient of each parameter?",
     "optimizer": "Are the parameters after some steps?",
     "decode": "Does cached decoding agree?",
+    "golden": "Are the golden prompts’ answers the reference’s?",
 }
 """The rungs in causal order, and what each asks."""
 MAPS = {

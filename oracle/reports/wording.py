@@ -130,6 +130,7 @@ LOOK = {
     "gradients": "jaxgpt/train_step.py: dropout, accumulation and what the loss is divided by",
     "optimizer": "jaxgpt/optimizer.py: schedule, clipping and decay",
     "decode": "jaxgpt/cache.py and the cached forward of jaxgpt/model.py: without a cache the model is right",
+    "golden": "what changed since golden.json was written, weights or settings: the model is right as it is now",
 }
 """Where to look when all that is known is the rung that broke first."""
 
