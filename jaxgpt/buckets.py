@@ -45,12 +45,10 @@ class Buckets:
     def programs(self) -> int:
         """Most programs that are compiled, single operations included.
 
-        For each batch two that zero what has no slots, four that take the knobs from the host and
-        one for each prompt; with each cache its decode loop, two that zero the cache and its ids,
-        two that double them, and a prefill for each prompt. Three make zeros of the dtypes.
+        For each batch and cache: its zeros, the first id, the decode loop, two that double the cache
+        and its ids, and a prefill for each prompt.
         """
-        caches = sum(5 + len(self.widths_in(slots)) for slots in self.slots)
-        return 3 + len(self.batches) * (6 + len(self.widths) + caches)
+        return len(self.batches) * sum(5 + len(self.widths_in(slots)) for slots in self.slots)
 
     def __str__(self) -> str:
         sizes = [

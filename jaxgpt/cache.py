@@ -6,10 +6,12 @@ buffers per layer: one stacked array would keep XLA from updating in place, and
 time before heads makes attention over the cache several times slower on a CPU.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import ModelConfig
@@ -31,8 +33,9 @@ class KVCache(NamedTuple):
         return self.keys[0].shape[2]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty(config: ModelConfig, batch: int, slots: int, dtype: Any) -> KVCache:
-    """A cache of zeros for `batch` rows of `slots` tokens, in the compute dtype."""
+    """A cache of zeros for `batch` rows of `slots` tokens, in the compute dtype; one program for all its buffers."""
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     layers = range(config.num_hidden_layers)
     return KVCache(
@@ -44,7 +47,7 @@ def empty(config: ModelConfig, batch: int, slots: int, dtype: Any) -> KVCache:
 
 def nothing_said(cache: KVCache) -> Int[Array, "B S"]:
     """Room for the id of each slot of this cache."""
-    return jnp.zeros((cache.lengths.shape[0], cache.slots), jnp.int32)
+    return jax.device_put(np.zeros((cache.lengths.shape[0], cache.slots), np.int32))
 
 
 def written(

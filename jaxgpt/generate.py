@@ -1,10 +1,13 @@
 """Generation: prefill and a decode loop on the device, streamed back in chunks.
 
-Two jitted functions, `prefill` and `decode`, take the whole state and give it back
-(donated, so the cache is updated in place). Everything that varies between calls
+Three jitted functions. `prefill` and `decode` take the whole state and give it back
+(donated, so the cache is updated in place); `draw` takes an id from logits, alone for the
+first of a reply that is watched, and inside `decode`. Everything that varies between calls
 is a run-time value or a power-of-two bucket, so after warm-up (`Buckets`) nothing compiles.
-Every sampled token is also stored, so the cache always holds exactly the prompt
-and what was generated; forgetting the tail is setting a smaller length.
+What comes from the host is put on the device as it is; `jnp.asarray` would be one more program for each shape.
+Every sampled token is also stored, so the cache holds exactly the prompt and what was
+generated; forgetting the tail is setting a smaller length. Only who leaves after the first id
+of a reply leaves it unread: the loop that stores it comes after it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,6 +45,17 @@ class State(NamedTuple):
     """Tokens each row may still generate."""
     broken: Bool[Array, "B"]
     """The row's logits were NaN or infinite."""
+    drawn: Int[Array, "B"]
+    """The next id where it was drawn from `logits` already, or -1."""
+
+
+class Draw(NamedTuple):
+    """The next id of each row."""
+
+    ids: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    broken: Bool[Array, "B"]
+    """The logits are NaN or infinite, which would otherwise be sampled as if nothing had happened."""
 
 
 class Vocabulary(NamedTuple):
@@ -66,6 +80,13 @@ def prefill(
     said = kv.written(said, cache.lengths, ids, counts)
     output, cache = model.forward_cached(config, params, ids, counts, cache, last_only=True)
     return output.logits[:, 0], cache, said
+
+
+@jax.jit
+def draw(logits: Float[Array, "B V"], history: sampling.History, knobs: sampling.Knobs, vocabulary: Vocabulary) -> Draw:
+    """The ids that follow; traced once, for its own program and for the decode loop."""
+    ids = sampling.sample(logits, vocabulary.sampleable, knobs, history)
+    return Draw(ids, sampling.logprobs(logits, ids, knobs), ~jnp.isfinite(logits.max(axis=-1)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -98,18 +119,17 @@ def _step(
     config: ModelConfig, params: model.Params, state: State, knobs: sampling.Knobs, vocabulary: Vocabulary
 ) -> tuple[State, Int[Array, "B"], Float[Array, "B"]]:
     live = ~state.done
-    history = sampling.History(state.said, state.cache.lengths)
-    ids = sampling.sample(state.logits, vocabulary.sampleable, knobs, history)
-    logprobs = sampling.logprobs(state.logits, ids, knobs)
+    new = draw(state.logits, sampling.History(state.said, state.cache.lengths), knobs, vocabulary)
+    # What was shown is what is stored, though both programs should draw the same.
+    ids = jnp.where(state.drawn >= 0, state.drawn, new.ids)
     counts = live.astype(jnp.int32)
     said = kv.written(state.said, state.cache.lengths, ids[:, None], counts)
     output, cache = model.forward_cached(config, params, ids[:, None], counts, state.cache)
     budget = state.budget - counts
-    # A NaN would otherwise be sampled as an id, as if nothing had happened.
-    broken = state.broken | (live & ~jnp.isfinite(state.logits.max(axis=-1)))
+    broken = state.broken | (live & new.broken)
     done = state.done | vocabulary.stops[ids] | (budget <= 0) | broken
-    state = State(cache, said, output.logits[:, 0], done, budget, broken)
-    return state, jnp.where(live, ids, -1), logprobs
+    state = State(cache, said, output.logits[:, 0], done, budget, broken, jnp.full_like(ids, -1))
+    return state, jnp.where(live, ids, -1), new.logprobs
 
 
 class Chunk(NamedTuple):
@@ -118,6 +138,11 @@ class Chunk(NamedTuple):
     ids: list[list[int]]
     logprobs: list[list[float]] | None
     """Of each id, by the model alone; None unless the settings ask for them."""
+
+    def without_first(self) -> "Chunk":
+        """What comes after the first id of each row."""
+        logprobs = None if self.logprobs is None else [row[1:] for row in self.logprobs]
+        return Chunk([row[1:] for row in self.ids], logprobs)
 
 
 @dataclass(frozen=True)
@@ -140,7 +165,8 @@ class Generator:
         self.params = params
         self.dtype = dtype
         ids = np.arange(config.vocab_size)
-        self.vocabulary = Vocabulary(jnp.asarray(ids < real_ids), jnp.asarray(np.isin(ids, list(stop_ids))))
+        stops = np.isin(ids, list(stop_ids))
+        self.vocabulary = Vocabulary(jax.device_put(ids < real_ids), jax.device_put(stops))
         self.stop_ids = frozenset(stop_ids)
 
     def check(self, rows: Sequence[Row]) -> None:
@@ -209,7 +235,7 @@ class Generator:
             conversation.append([[0] * (width // 2 + 1)] * batch)
         conversation.forget([0] * batch)
         conversation.append([[0]] * batch)
-        for _ in conversation.generate([1] * batch):
+        for _ in conversation.generate([1] * batch, chunk=1):
             pass
         if 2 * slots in buckets.slots:
             conversation.reserve(slots + 1)
@@ -260,8 +286,8 @@ class Conversation:
             self.generator.params,
             self.cache,
             self.said,
-            jnp.asarray(padded),
-            jnp.asarray(self._padded(counts)),
+            jax.device_put(padded),
+            jax.device_put(self._padded(counts)),
         )
         self.lengths += counts
 
@@ -280,15 +306,22 @@ class Conversation:
         assert self.logits is not None, "append tokens first"
         self._check_room(np.array(budgets))
         budget = self._padded(np.array(budgets))
-        none = jnp.zeros(self._batch, bool)
-        state = State(self.cache, self.said, self.logits, jnp.asarray(budget <= 0), jnp.asarray(budget), none)
-        remaining = int(budget.max())
         # Asked of the host: the device is still busy with the prompt, and what comes next can be traced meanwhile.
         done = budget <= 0
-        # Who watches a reply sees its first id as soon as it is drawn.
-        steps = 1 if chunk < CHUNK else CHUNK
+        rows = (done, budget, np.zeros_like(done), np.full(self._batch, -1, np.int32))
+        state = State(self.cache, self.said, self.logits, *jax.device_put(rows))
+        shown = 0
+        if chunk < CHUNK and not done.all():
+            # Who watches a reply sees its first id before the decode loop is even loaded.
+            history = sampling.History(self.said, self.cache.lengths)
+            first = draw(self.logits, history, self.knobs, self.generator.vocabulary)
+            ids, logprobs, broken = map(np.asarray, first)
+            _refuse_broken(broken & ~done)
+            yield self._read(np.where(done, -1, ids)[:, None], logprobs[:, None])
+            state, shown = state._replace(drawn=first.ids), 1
+        remaining = int(budget.max())
         while remaining > 0 and not done.all():
-            steps = min(steps, remaining)
+            steps = min(chunk + shown, CHUNK, remaining)
             self.reserve(int(self.lengths.max()) + steps)
             state, ids, logprobs = decode(
                 self.generator.config,
@@ -296,19 +329,20 @@ class Conversation:
                 state._replace(cache=self.cache, said=self.said),
                 self.knobs,
                 self.generator.vocabulary,
-                jnp.int32(steps),
+                jax.device_put(np.int32(steps)),
             )
             self.cache, self.said, self.logits = state.cache, state.said, state.logits
-            new = self._read(ids, logprobs)
-            self.lengths += [len(row) for row in new.ids]
-            if bool(np.asarray(state.broken).any()):
-                raise InputError("the model's logits are NaN or infinite; run `jaxgpt inspect` on the checkpoint")
+            stored = self._read(ids, logprobs)
+            self.lengths += [len(row) for row in stored.ids]
+            _refuse_broken(state.broken)
             remaining -= steps
             done = np.asarray(state.done)
-            steps = min(chunk, CHUNK)
-            yield new
+            new = stored.without_first() if shown else stored
+            shown = 0
+            if any(new.ids):
+                yield new
 
-    def _read(self, ids: Array, logprobs: Array) -> Chunk:
+    def _read(self, ids: Array | np.ndarray, logprobs: Array | np.ndarray) -> Chunk:
         """To the host: each row's ids up to where it was done."""
         new = [[int(i) for i in row if i >= 0] for row in np.asarray(ids)[: self.rows]]
         if not self.with_logprobs:
@@ -320,7 +354,7 @@ class Conversation:
         """Keep only the first `lengths[b]` tokens of each row; append before generating again."""
         assert (np.array(lengths) <= self.lengths).all(), "a row cannot keep more than it holds"
         self.lengths = np.array(lengths, np.int64)
-        self.cache = self.cache._replace(lengths=jnp.asarray(self._padded(self.lengths)))
+        self.cache = self.cache._replace(lengths=jax.device_put(self._padded(self.lengths)))
         self.logits = None
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
@@ -340,12 +374,16 @@ class Conversation:
             self.said = jnp.pad(self.said, ((0, 0), (0, self.cache.slots - self.said.shape[1])))
 
 
+def _refuse_broken(rows: Array | np.ndarray) -> None:
+    if np.asarray(rows).any():
+        raise InputError("the model's logits are NaN or infinite; run `jaxgpt inspect` on the checkpoint")
+
+
 def _knobs(settings: GenerationSettings, seeds: Sequence[int], batch: int) -> sampling.Knobs:
     most = np.iinfo(np.int32).max
 
     def filled(value: float, dtype: Any) -> Array:
-        # From the host: `jnp.full` would be one more program for every batch size.
-        return jnp.asarray(np.full(batch, value, dtype))
+        return jax.device_put(np.full(batch, value, dtype))
 
     return sampling.Knobs(
         temperature=filled(settings.temperature or 0.0, np.float32),
@@ -354,6 +392,6 @@ def _knobs(settings: GenerationSettings, seeds: Sequence[int], batch: int) -> sa
         min_p=filled(settings.min_p, np.float32),
         repetition_penalty=filled(settings.repetition_penalty, np.float32),
         no_repeat_ngram_size=filled(min(settings.no_repeat_ngram_size, most), np.int32),
-        seed=jnp.asarray(np.pad(np.array(seeds, np.uint32), (0, batch - len(seeds)))),
+        seed=jax.device_put(np.pad(np.array(seeds, np.uint32), (0, batch - len(seeds)))),
         logprobs=filled(settings.logprobs, np.bool_),
     )

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import signal
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,25 @@ def test_a_line_that_is_not_utf8_gets_a_line_and_the_conversation_goes_on(
     lines = capsys.readouterr().err.splitlines()
     assert "not valid Unicode at character 0 (U+DCFF)" in lines[0]
     assert "/regen the last reply again" in "\n".join(lines)
+
+
+def test_at_a_terminal_it_edits_lines_and_says_what_is_left(
+    models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    keyboard, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with os.fdopen(os.dup(terminal), "r") as lines, os.fdopen(os.dup(terminal), "w") as screen:
+        monkeypatch.setattr("sys.stdin", lines)
+        monkeypatch.setattr("sys.stdout", screen)
+        os.write(keyboard, b"i\x01H\r/quit\r")  # Ctrl-A goes back to the beginning
+        assert run("chat", models / "sft", "--max-new-tokens", 2) == 0
+        screen.flush()
+    shown = os.read(keyboard, 100_000).decode()
+    os.close(terminal)
+    os.close(keyboard)
+    assert "tokens lef" in shown, "the last letter of the last column is moved into place"
+    assert "+Hi\n" in next(tmp_path.rglob("chat_history")).read_text()
 
 
 def test_saving_does_not_overwrite_a_file_of_the_user(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from reliability_recompiles import Compilations, varied
+from reliability_recompiles import Compilations, generations, turns
 
 from jaxgpt import cache as kv
-from jaxgpt import model, weights
+from jaxgpt import generate, model, weights
 from jaxgpt.buckets import Buckets
 from jaxgpt.config import ModelConfig, to_hf
 from jaxgpt.errors import InputError
@@ -133,6 +133,40 @@ def test_a_chunk_holds_at_most_its_size_and_no_placeholder_reaches_the_caller():
 def test_who_watches_a_reply_sees_its_first_id_before_the_others():
     chunks = list(generator().stream([Row(prompt(5), 10, 1)], SAMPLED, 4))
     assert [len(ids) for (ids,) in chunks] == [1, 4, 4, 1]
+
+
+def test_the_first_id_waits_for_no_decode_loop_and_is_the_one_that_is_stored(monkeypatch: pytest.MonkeyPatch):
+    made = generator()
+    talk = conversation(made)
+    talk.append([prompt(10)])
+    chunks = talk.generate([6], 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "decode", None)
+        drawn = generate.draw
+        patched.setattr(generate, "draw", lambda *given: drawn(*given)._replace(ids=jnp.array([77])))
+        assert next(chunks) == [[77]], "another than the loop would draw"
+    (rest,) = joined(chunks)
+    assert np.asarray(talk.said)[0, :16].tolist() == [*prompt(10), 77, *rest]
+    assert rest == run(made, [Row([*prompt(10), 77], 5, 0)])[0]
+
+
+def test_a_reply_that_is_left_after_its_first_id_begins_with_it_again():
+    made = generator()
+    talk = conversation(made)
+    talk.append([prompt(10)])
+    chunks = talk.generate([50], 4)
+    first = next(chunks)
+    chunks.close()
+    assert talk.lengths.tolist() == [10]
+    assert [joined(talk.generate([12]))[0][:1]] == first
+
+
+def test_a_watched_row_without_a_budget_says_nothing():
+    made = generator()
+    talk = conversation(made, rows=2)
+    talk.append([prompt(10), prompt(5)])
+    assert [[len(ids) for ids in chunk] for chunk in talk.generate([0, 6], 4)] == [[0, 1], [0, 4], [0, 1]]
+    assert talk.lengths.tolist() == [10, 11]
 
 
 def test_the_cache_has_the_compute_dtype_and_still_changes_nothing_but_rounding():
@@ -415,34 +449,22 @@ def test_the_cache_is_updated_in_place():
     assert all(buffer.is_deleted() for buffer in buffers)
 
 
-def test_after_warm_up_50_ragged_generations_compile_nothing_and_an_unwarmed_size_does():
+def test_after_warm_up_50_ragged_generations_and_50_turns_compile_nothing_and_an_unwarmed_size_does():
     config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97)  # no other test's programs
     made = generator(config)
     buckets = Buckets.upto(batch=2, prompt=32, tokens=128)
-    assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 47 programs"
+    assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 28 programs"
     compiled = Compilations()
     made.warm_up(buckets)
-    # Two batches, each with two caches' two prefills and decode loop, and what single operations need
-    # that no test before this one did.
-    assert 12 <= compiled.count <= buckets.programs
-    compiled.count = 0
-    rng = np.random.default_rng(0)
-    for number in range(50):
-        prompts = [rng.integers(0, 97, rng.integers(1, 33)).tolist() for _ in range(1 + number % 2)]
-        rows = [Row(ids, int(rng.integers(1, 60)), number) for ids in prompts]
-        for _ in made.chunks(rows, varied(number), 1 + number % CHUNK):
-            pass
-    talk = conversation(made)
-    for number in range(3):
-        talk.configure(varied(number), [number])
-        talk.append([[1, 2, 3]])
-        list(talk.generate([30]))
-        talk.forget([8 * number + 1])
-    assert compiled.count == 0
+    # Two batches, each with two caches' zeros, first id, decode loop and two prefills, and what doubles the smaller.
+    assert 20 <= compiled.reset() <= buckets.programs
+    generations(made, 97)
+    turns(made, 97)
+    assert compiled.reset() == 0
     run(made, [Row([1] * 33, 5, 0)])
-    assert 1 <= compiled.count <= 2, "a prompt of another size is one more prefill, and may be one more transfer"
+    assert compiled.reset() == 1, "a prompt of another size is one more prefill"
     run(made, [Row([1], 5, 0)] * 3)
-    assert compiled.count > 2, "and another batch more than that"
+    assert compiled.count > 1, "and another batch more than that"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sampling: strictly greedy at 0, transformers' filters, honest draws, one compilation."""
 
+import re
 from typing import Any
 
 import jax
@@ -390,6 +391,16 @@ def test_draws_from_152k_ids_follow_the_distribution_and_stay_in_the_nucleus():
     # The 0.9999 quantile of chi-square with 2 degrees of freedom is 18.4.
     assert (np.square(counts[:3] - expected) / expected).sum() < 18.4
     assert draw(logits, temperature=0.0).tolist() == [7] * rows
+
+
+def test_nothing_sorts_the_vocabulary():
+    vocabulary = 151_936
+    logits, allowed = jnp.zeros((2, vocabulary)), jnp.ones(vocabulary, bool)
+    program = str(sampled.trace(logits, allowed, knobs(2, top_k=50, top_p=0.9), history(np.zeros((2, 64)))).jaxpr)
+    assert " sort" not in program
+    ordered = re.findall(r"= top_k\[.*?\] (\w+)", program, re.DOTALL)
+    sizes = [int(re.search(rf"\b{name}:f32\[2,(\d+)\]", program)[1]) for name in ordered]
+    assert sizes == [vocabulary // sampling.COLUMN], "the largest of each column, and nothing else"
 
 
 def test_changing_a_knob_compiles_nothing():
