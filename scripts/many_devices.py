@@ -48,12 +48,13 @@ class Processes:
                 self.running.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
 
     def after(self, step: int) -> None:
-        """Wait until the step is in the log; raises AssertionError where none comes."""
+        """Wait until the step is in the log and one is saved; raises AssertionError where that does not come."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and all(process.poll() is None for process in self.running):
-            if any(record["step"] >= step for record in trained(self.out)):
+            # Saves are asynchronous: the log may be ahead.
+            if any(record["step"] >= step for record in trained(self.out)) and any(self.out.glob("step-*")):
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise AssertionError(f"no step {step}: {self.words(0)[-2000:]}")
 
     def codes(self, within: float) -> list[int]:

@@ -40,13 +40,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 
 from jaxgpt import weights
 from jaxgpt.config import LLAMA_STYLE, QWEN2_STYLE, ModelConfig, RopeScaling
 
-# Tiny matrices: torch's threads would only wait for each other.
-torch.set_num_threads(1)
+
+def pytest_configure() -> None:
+    """Tiny matrices: torch's threads would only wait for each other. Processes that tests start do without torch."""
+    import torch
+
+    torch.set_num_threads(1)
+
 
 GPT2 = ModelConfig(
     vocab_size=131,
