@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import device, device_memory, flops, gates, out_of_memory, processes
+from jaxgpt import device, device_memory, flops, gates, out_of_memory, processes, run_log
 from jaxgpt.array_files import in_bytes
 from jaxgpt.config import ModelConfig
 from jaxgpt.data.batches import Batch, Batches, empty_batch
@@ -80,9 +80,9 @@ class Preflight:
         """A step's peak is within what can be had."""
         return self.memory is not None and self.memory <= self.memory_limit
 
-    def lines(self) -> list[str]:
+    def lines(self, loss_unit: str = "nats") -> list[str]:
         """The report for people, after `headline`."""
-        return [f"{name:<16}{text}".rstrip() for name, text in self._rows()]
+        return [f"{name:<16}{text}".rstrip() for name, text in self._rows(loss_unit)]
 
     def headline(self) -> str:
         """What is trained, on what, with how much data."""
@@ -91,7 +91,7 @@ class Preflight:
         what = f"{self.parameters:,} parameters, {self.compute_dtype} on {self.device}"
         return f"{what}, {ratio:.2g} tokens a parameter{starved}"
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
+    def _rows(self, loss_unit: str) -> Iterator[tuple[str, str]]:
         limit = in_bytes(self.memory_limit)
         needed = "more than the compiler can handle" if self.memory is None else in_bytes(self.memory)
         yield "memory", f"{needed} at the peak of a step, {limit} can be had on {self.device}"
@@ -101,7 +101,9 @@ class Preflight:
         for number, row in enumerate(self.mask):
             yield "" if number else "  # trains", row
         if self.first_loss is not None:
-            yield "first loss", f"{self.first_loss:.4f} nats a token; ln(vocab) is {self.uniform_loss:.4f}"
+            first, guess = (run_log.told(loss, loss_unit) for loss in (self.first_loss, self.uniform_loss))
+            unit, logarithm = ("", "log2") if loss_unit == "bits" else (" nats", "ln")
+            yield "first loss", f"{first}{unit} a token; {logarithm}(vocab) is {guess}"
         if self.seconds_per_step is None or self.seconds_to_finish is None:
             yield "time to finish", "told after two steps"
         else:

@@ -15,6 +15,11 @@ LOG = "log.jsonl"
 PICTURE = "loss.png"
 
 
+def told(loss: float, unit: str) -> str:
+    """A loss in nats for people, e.g. `1.9370`, or of another unit with its name, `2.7945 bits`."""
+    return f"{loss / math.log(2):.4f} bits" if unit == "bits" else f"{loss:.4f}"
+
+
 class RunLog:
     """Writes `log.jsonl` and `tensorboard/` in the run folder, and progress on stderr.
 

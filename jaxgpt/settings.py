@@ -70,6 +70,8 @@ class TrainSettings:
     """checkpoints to keep, besides the best"""
     log_every: int = 10
     """steps between log lines"""
+    loss_unit: Literal["nats", "bits"] = "nats"
+    """unit of the losses that are printed; log files and JSON stay in nats"""
     sample_every: int = 0
     """steps between samples of the fixed prompt; 0 for none"""
     sample_prompt: str = "def "

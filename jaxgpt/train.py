@@ -216,7 +216,7 @@ def _given(flag: str, value: str) -> str:
 def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint | None]:
     """The settings to run with, and the checkpoint to go on from when resuming.
 
-    A resumed run takes the settings it was started with; only where it lies may have changed.
+    A resumed run takes the settings it was started with; only where it lies and how it is told may have changed.
     """
     out = settings.out
     if out and Path(out).exists() and not Path(out).is_dir():
@@ -234,7 +234,7 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
     if origin["command"] != command:
         raise InputError(f"{out} was written by {origin['command']}; resume it with that command")
     values: dict[str, Any] = {**origin["settings"], "out": out, "resume": True, "processes": settings.processes}
-    values["train"] = TrainSettings(**values["train"])
+    values["train"] = dataclasses.replace(TrainSettings(**values["train"]), loss_unit=settings.train.loss_unit)
     # Another mesh makes the same updates: it may be given anew. Runs of before there were any say nothing of one.
     given = {name: size for name, size in dataclasses.asdict(settings.mesh).items() if size is not None}
     values["mesh"] = MeshSettings(**{**values.get("mesh", {}), **given})

@@ -262,7 +262,7 @@ class Loop:
                 say(notice)
         if device.overlooked_gpu():
             say("this machine has an NVIDIA GPU that JAX does not use; install jaxgpt[cuda12]")
-        for line in (found.headline(), *found.lines()):
+        for line in (found.headline(), *found.lines(self.settings.loss_unit)):
             say(line)
         self.log.write(
             "start",
@@ -330,7 +330,8 @@ class Loop:
         }
         self.log.write("train", number, **values, batch_sha256=_digest(micro))
         mfu = f"  MFU {rates['mfu']:.1%}" if rates["mfu"] is not None else ""
-        summary = f"loss {self.loss:.4f}  {rates['tokens_per_second']:,.0f} tokens/s{mfu}"
+        loss = run_log.told(self.loss, self.settings.loss_unit)
+        summary = f"loss {loss}  {rates['tokens_per_second']:,.0f} tokens/s{mfu}"
         self.log.advance(number, summary, line=number % self.settings.log_every == 0)
         self.divergence.watch(number, self.loss)
         remaining = self.settings.steps - number
@@ -373,7 +374,7 @@ class Loop:
         # A NaN would be the best ever seen, and JSON has none: the step could not be saved.
         self.validation_loss, self.validated = loss if finite else None, step
         self.log.write("eval", step, loss=loss)
-        self.log.say(f"step {step}: validation loss {loss:.4f}")
+        self.log.say(f"step {step}: validation loss {run_log.told(loss, self.settings.loss_unit)}")
         if finite and (self.best is None or loss < self.best):
             self.best, self.without_gain = loss, 0
         elif step > self.settings.warmup_steps:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -167,6 +168,7 @@ def test_a_dry_run_says_it_all_and_writes_nothing(data, tmp_path, capsys, monkey
         headline,
     )
     assert starved, headline
+    assert f"{found['first_loss']:.4f} nats a token; ln(vocab) is {found['uniform_loss']:.4f}" in printed.err
     assert float(starved[1]) == pytest.approx(found["tokens_per_parameter"], rel=0.05)
     assert list(tmp_path.iterdir()) == []
 
@@ -177,18 +179,24 @@ def test_the_first_loss_told_is_that_of_the_first_step(data, tmp_path, capsys, m
     monkeypatch.setattr(run_log, "picture", lambda _: None)
     peaks = iter([1, 3 * 10**12])
     monkeypatch.setattr(device_memory, "peak", lambda: next(peaks))
-    assert cli.main(words(data, "--out", tmp_path / "out")) == 0
+    assert cli.main(words(data, "--out", tmp_path / "out", "--loss-unit", "bits", "--log-every", 1)) == 0
     told, first = (next(r for r in run_log.read(tmp_path / "out") if r["event"] == e) for e in ("preflight", "train"))
     assert told["first_loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert told["trained_places"] == first["tokens"]
-    printed = capsys.readouterr().err
-    assert f"first loss      {first['loss']:.4f} nats a token" in printed
+    ended, printed = capsys.readouterr()
+    # Losses are printed in bits, as asked for; the log keeps nats.
+    bits, guess, log = first["loss"] / math.log(2), told["uniform_loss"] / math.log(2), run_log.read(tmp_path / "out")
+    assert f"first loss      {bits:.4f} bits a token; log2(vocab) is {guess:.4f} bits" in printed
+    assert f"step 1/3  loss {bits:.4f} bits  " in printed
+    last, held_out = ([r["loss"] / math.log(2) for r in log if r["event"] == e][-1] for e in ("train", "eval"))
+    assert f"step 3: validation loss {held_out:.4f} bits\n" in printed
+    assert f"step 3: loss {last:.4f} bits, validation loss {held_out:.4f} bits; saved in " in ended
     assert re.search(r"s to finish, [\d.]+ s a step", printed)
     # What was used is held against the estimate, here a planted peak.
     assert f"memory: 3.0 TB at the peak, {in_bytes(told['memory'])} had been expected" in printed
     assert run_log.read(tmp_path / "out")[-1]["memory_peak"] == 3 * 10**12
     # What is left of a run is told before it goes on.
-    assert cli.main(["pretrain", "--out", str(tmp_path / "out"), "--resume", "--dry-run"]) == 0
+    assert cli.main(["pretrain", "--out", str(tmp_path / "out"), "--resume", "--dry-run", "--loss-unit", "bits"]) == 0
 
 
 @pytest.mark.parametrize(

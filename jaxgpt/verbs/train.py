@@ -19,7 +19,7 @@ SPREAD = {
     for settings in (MeshSettings, ProcessSettings)
     for field in dataclasses.fields(settings)
 }
-ALLOWED_ON_RESUME = {"--out", "--resume", "--dry-run", "--json", "--debug", *SPREAD}
+ALLOWED_ON_RESUME = {"--out", "--resume", "--dry-run", "--json", "--debug", "--loss-unit", *SPREAD}
 
 
 def pretrain(settings: PretrainSettings, output: Output) -> int:
@@ -31,7 +31,10 @@ def pretrain(settings: PretrainSettings, output: Output) -> int:
         raise InputError(f"the model's shape and dropout are those of --init-from; drop {' '.join(given)}")
     from jaxgpt import train
 
-    return _told(train.dry_run(settings), output) if settings.dry_run else _ended(train.pretrain(settings), output)
+    unit = settings.train.loss_unit
+    if settings.dry_run:
+        return _told(train.dry_run(settings), unit, output)
+    return _ended(train.pretrain(settings), unit, output)
 
 
 def sft(settings: SFTSettings, output: Output) -> int:
@@ -41,7 +44,10 @@ def sft(settings: SFTSettings, output: Output) -> int:
     _required("--data", settings.data or settings.resume, "a file of chat JSONL")
     from jaxgpt import train
 
-    return _told(train.dry_run(settings), output) if settings.dry_run else _ended(train.sft(settings), output)
+    unit = settings.train.loss_unit
+    if settings.dry_run:
+        return _told(train.dry_run(settings), unit, output)
+    return _ended(train.sft(settings), unit, output)
 
 
 def _required(flag: str, given: object, meaning: str) -> None:
@@ -59,23 +65,25 @@ def _check(settings: PretrainSettings | SFTSettings, output: Output) -> None:
         )
 
 
-def _told(found: "Preflight", output: Output) -> int:
+def _told(found: "Preflight", unit: str, output: Output) -> int:
     """A dry run's report; what does not fit is refused after it, as the run would."""
     if processes.first():
         if output.json:
             output.result({**dataclasses.asdict(found), "fits": found.fits})
-        for line in (found.headline(), *found.lines()):
+        for line in (found.headline(), *found.lines(unit)):
             output.say(line)
     found.refuse()
     return 0
 
 
-def _ended(result: "TrainResult", output: Output) -> int:
+def _ended(result: "TrainResult", unit: str, output: Output) -> int:
+    from jaxgpt import run_log
+
     if output.json and processes.first():
         output.result(dataclasses.asdict(result))
     # A finished run that is resumed takes no step, so it has no loss to tell.
     losses = {"loss": None if math.isnan(result.loss) else result.loss, "validation loss": result.validation_loss}
-    told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+    told = ", ".join(f"{name} {run_log.told(loss, unit)}" for name, loss in losses.items() if loss is not None)
     if processes.first():
         output.say(f"step {result.step}: {told or 'no step was taken'}; saved in {result.out}")
     # A signal ended it early, with everything saved; scripts must not take that for done.
