@@ -142,7 +142,7 @@ def test_ids_of_another_vocabulary_do_not_pass_under_the_name_of_the_models(base
 
 def planted(base: Path, folder: Path, params: dict[str, np.ndarray], *, proved: bool = True) -> Path:
     """The run's last step with other weights, hashed as any is, and with its golden prompts if `proved`."""
-    found, golden = checkpoint.load(base), base / "step-00000120" / GOLDEN
+    found, golden = checkpoint.load(base, train=True), base / "step-00000120" / GOLDEN
     fields = [field.name for field in dataclasses.fields(checkpoint.Contents) if field.name in vars(found)]
     values = {name: getattr(found, name) for name in fields} | {"params": params}
     checkpoint.save(folder, 120, checkpoint.Contents(**values)).result()
@@ -188,6 +188,10 @@ def test_a_shuffled_layer_is_refused_wherever_training_starts_from_it(base: Path
     with pytest.raises(InputError, match=r"does not answer as its golden.json says: the logits after"):
         train.sft(tuned)
     assert not (tmp_path / "out").exists()
+    before = sorted(step.parent.rglob("*"))
+    with pytest.raises(InputError, match=r"does not answer as its golden.json says: the logits after"):
+        train.pretrain(PretrainSettings(out=str(step.parent), resume=True))
+    assert sorted(step.parent.rglob("*")) == before
 
 
 def test_a_shuffled_layer_is_trained_only_where_that_was_asked_for(base: Path, data: Path, tmp_path: Path):
