@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, cli, device_memory, golden_prompts, preflight, run_log, transformer
+from jaxgpt import checkpoint, cli, device_memory, golden_prompts, preflight, run_log, train, transformer
 from jaxgpt.array_files import in_bytes
 from jaxgpt.chat import CHATML
 from jaxgpt.checkpoint import Contents
@@ -26,7 +26,7 @@ from jaxgpt.errors import InputError
 from jaxgpt.gates import random_batch
 from jaxgpt.mesh import ALONE
 from jaxgpt.presets import PRESETS
-from jaxgpt.settings import TrainSettings
+from jaxgpt.settings import PretrainSettings, TrainSettings
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.train_step import initial_state, stacked, train_step
 from jaxgpt.training_loop import Loop
@@ -196,7 +196,11 @@ def test_the_first_loss_told_is_that_of_the_first_step(data, tmp_path, capsys, m
     assert f"memory: 3.0 TB at the peak, {in_bytes(told['memory'])} had been expected" in printed
     assert run_log.read(tmp_path / "out")[-1]["memory_peak"] == 3 * 10**12
     # What is left of a run is told before it goes on.
-    assert cli.main(["pretrain", "--out", str(tmp_path / "out"), "--resume", "--dry-run", "--loss-unit", "bits"]) == 0
+    assert cli.main(["pretrain", "--out", str(tmp_path / "out"), "--resume", "--dry-run"]) == 0
+    assert "nats a token" in capsys.readouterr().out
+    # How losses are told is no matter of the run that is gone on with.
+    chosen, _ = train._resumed(PretrainSettings(out=str(tmp_path / "out"), resume=True), "pretrain")
+    assert (chosen.train.steps, chosen.train.loss_unit) == (3, "nats")
 
 
 @pytest.mark.parametrize(
