@@ -33,6 +33,7 @@ SHAPED = ("ops", "model", "transformer", "cache", "sampling")
 install_import_hook([f"jaxgpt.{name}" for name in SHAPED], "beartype.beartype")
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Generator
 from pathlib import Path
@@ -114,6 +115,13 @@ CONFIGS: dict[str, ModelConfig] = {
 _tests_run = itertools.count(1)
 _MOST_AREAS = 20_000
 """A third of the memory areas that Linux lets a process have (vm.max_map_count)."""
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many small objects; to look through a million that stay, each time, took a twentieth of the suite."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
