@@ -118,7 +118,7 @@ _MOST_AREAS = 20_000
 
 
 def pytest_collection_finish() -> None:
-    """Tracing makes many small objects; to look through a million that stay, each time, took a twentieth of the suite."""
+    """Tracing makes many small objects; to look through a million that stay each time took a twentieth of the suite."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
