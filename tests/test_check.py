@@ -3,15 +3,17 @@ import itertools
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import chat, checkpoint, model, ops, sampling
+from jaxgpt import chat, checkpoint, generate, model, ops, sampling
 from jaxgpt import check as check_module
 from jaxgpt.chat import CHATML
 from jaxgpt.check import CheckLine, check, check_model
@@ -208,6 +210,14 @@ def test_a_different_id_within_the_noise_is_a_tie_and_beyond_it_a_failure():
 # -- Greedy ------------------------------------------------------------------------------
 
 
+def plant(monkeypatch: pytest.MonkeyPatch, sample: Callable[..., jax.Array]) -> None:
+    """Draw ids otherwise, in programs that are traced from now on."""
+    draw = generate.draw.__wrapped__
+    monkeypatch.setattr(sampling, "sample", sample)
+    # JAX keeps what it traced by function: another one.
+    monkeypatch.setattr(generate, "draw", jax.jit(lambda *given: draw(*given)))
+
+
 @pytest.mark.exhaustive  # as the draw below, by the same comparison
 def test_a_penalty_at_temperature_0_is_found(monkeypatch: pytest.MonkeyPatch):
     original = sampling.sample
@@ -219,7 +229,7 @@ def test_a_penalty_at_temperature_0_is_found(monkeypatch: pytest.MonkeyPatch):
         lower = jnp.where(had > 0, had / 1.3, had * 1.3)
         return original(logits.at[:, jnp.array(seen)].set(lower), sampleable, knobs, positions)
 
-    monkeypatch.setattr(sampling, "sample", penalised)
+    plant(monkeypatch, penalised)
     failed(greedy_is_greedy_test(tiny(seen=False)), "temperature 0 is not greedy")
 
 
@@ -231,7 +241,7 @@ def test_a_penalty_that_only_repeated_ids_meet_is_found(monkeypatch: pytest.Monk
         close = jnp.abs(logits[:, 1] - logits[:, 2]) < 0.01
         return original(logits.at[:, 1].add(jnp.where(close, -0.1, 0.0)), sampleable, knobs, positions)
 
-    monkeypatch.setattr(sampling, "sample", penalised)
+    plant(monkeypatch, penalised)
     failed(greedy_is_greedy_test(tiny(seen=False)), "temperature 0 is not greedy", "repetition penalty")
 
 
@@ -241,7 +251,7 @@ def test_a_draw_at_temperature_0_is_found(monkeypatch: pytest.MonkeyPatch):
     def never_greedy(logits, sampleable, knobs, positions):
         return original(logits, sampleable, knobs._replace(temperature=jnp.maximum(knobs.temperature, 0.7)), positions)
 
-    monkeypatch.setattr(sampling, "sample", never_greedy)
+    plant(monkeypatch, never_greedy)
     failed(greedy_is_greedy_test(tiny(seen=False)), "temperature 0 is not greedy")
 
 

@@ -213,12 +213,16 @@ def conversation_of(
 
 
 def traced(conversation: generate.Conversation, steps: int) -> tuple[list[list[int]], np.ndarray]:
-    """Generate one token at a time: each row's ids, and logits (B, steps + 1, V) before the first and after each."""
+    """Generate one token at a time: each row's ids, and logits (B, steps + 1, V) before the first and after each.
+
+    A stop id ends a row's turn, and the next step goes on after it.
+    """
     rows = conversation.rows
     ids: list[list[int]] = [[] for _ in range(rows)]
     # Copied at once: the next step takes the buffer.
     logits = [np.array(conversation.logits)[:rows]]
-    for new in conversation.generate([steps] * rows, chunk=1):
+    for _ in range(steps):
+        (new,) = conversation.generate([1] * rows)
         for row, more in zip(ids, new, strict=True):
             row += more
         logits.append(np.array(conversation.logits)[:rows])
