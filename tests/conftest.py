@@ -33,14 +33,17 @@ SHAPED = ("ops", "model", "transformer", "cache", "sampling")
 install_import_hook([f"jaxgpt.{name}" for name in SHAPED], "beartype.beartype")
 
 import dataclasses
+import functools
 import gc
 import itertools
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 from jaxgpt import weights
 from jaxgpt.config import LLAMA_STYLE, QWEN2_STYLE, ModelConfig, RopeScaling
@@ -111,6 +114,18 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 """Tiny and adversarial: a transposed, swapped or forgotten tensor cannot hide."""
 
+
+_new_context = mlir.make_ir_context
+_programs_built = itertools.count()
+
+
+@functools.lru_cache(1)
+def _context_of(hundred: int) -> Any:
+    return _new_context()
+
+
+# To make an MLIR context for each program takes as long as to build a small one; what is built in it is the same.
+mlir.make_ir_context = lambda: _context_of(next(_programs_built) // 100)
 
 _tests_run = itertools.count(1)
 _MOST_AREAS = 20_000
