@@ -45,7 +45,7 @@ import jax
 from reliability_run import encode_text, words
 
 # `train`, for what it imports: the processes share it.
-from jaxgpt import checkpoint, cli, manifest, run_log, train  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from jaxgpt import checkpoint, cli, manifest, run_log, step_folder, train  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from jaxgpt.run_log import RunLog
 
 SAVE_EVERY, EVAL_EVERY = 4, 6
@@ -187,12 +187,14 @@ def lost(out: Path) -> list[str]:
     """Steps that the log calls saved, or that have the name of one, and that are not whole."""
     problems: list[str] = []
     saved = [r["step"] for r in run_log.read(out) if r["event"] == "save"]
-    found = checkpoint.steps(out)
+    # One that was being replaced by itself with golden prompts stands under another name.
+    folders = step_folder.folders(out)
+    found = sorted(folders)
     if saved and (not found or found[-1] < saved[-1]):
         problems.append(f"step {saved[-1]} was saved, and of {found} none is as new")
     for step in found[-1:]:
         try:
-            manifest.verify(out / f"step-{step:08d}")
+            manifest.verify(folders[step])
         except Exception as error:
             problems.append(f"step {step} does not verify: {error}")
     return problems
