@@ -103,6 +103,8 @@ class Layout:
 
     def rows(self, arrays: Mapping[str, Any], *, axis: int = 0) -> dict[str, Array]:
         """A batch, the same in every process, split along its axis of rows; whole where they cannot be split."""
+        if self.mesh is None:
+            return jax.device_put(dict(arrays))  # jnp.asarray would be one more program for each shape
         return {name: _placed(array, self.row_sharding(array.shape, axis=axis)) for name, array in arrays.items()}
 
     def row_sharding(self, shape: tuple[int, ...], *, axis: int = 0) -> Sharding | None:
