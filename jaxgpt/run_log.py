@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.events_file import EventsFile
+from jaxgpt.regular_files import is_there
 
 LOG = "log.jsonl"
 PICTURE = "loss.png"
@@ -143,20 +144,19 @@ class _Progress:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line cut short by a crash is left out."""
+    """The records of a run; lines that are none, as the last one of a crash, are left out."""
     path = folder / LOG
-    if not path.exists():
-        return []
-    records: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict):
-            break
-        records.append(record)
-    return records
+    return [record for line in path.read_bytes().split(b"\n") if (record := _record(line))] if path.exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None unless it says what happened at which step."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    told = isinstance(record, dict) and isinstance(record.get("event"), str) and type(record.get("step")) is int
+    return record if told else None
 
 
 def _truncate(path: Path, step: int) -> bytes:
@@ -164,23 +164,29 @@ def _truncate(path: Path, step: int) -> bytes:
 
     In place, which needs no room: steps never go back in a log, so what goes is its end.
     """
-    if not path.exists():
+    if not is_there(path):
         return b""
-    kept = 0
+    kept, end = 0, 0
     lines = path.read_bytes().splitlines(keepends=True)
-    for line, record in zip(lines, read(path.parent), strict=False):
-        if record["step"] > step:
+    for line in lines:
+        end += len(line)
+        record = _record(line)
+        if record and record["step"] > step:
             break
-        kept += len(line)
+        kept = end if record else kept
     os.truncate(path, kept)
     return b"" if not kept or path.read_bytes().endswith(b"\n") else b"\n"
+
+
+def _losses(records: list[dict[str, Any]], event: str) -> list[tuple[int, float]]:
+    """Those that are numbers: that of a step gone wrong is null."""
+    return [(r["step"], r["loss"]) for r in records if r["event"] == event and isinstance(r.get("loss"), float)]
 
 
 def picture(folder: Path) -> Path | None:
     """Draw training and validation loss into `loss.png`; None where nothing was logged."""
     records = read(folder)
-    train = [(r["step"], r["loss"]) for r in records if r["event"] == "train"]
-    held_out = [(r["step"], r["loss"]) for r in records if r["event"] == "eval"]
+    train, held_out = _losses(records, "train"), _losses(records, "eval")
     if not train and not held_out:
         return None
     from matplotlib.figure import Figure

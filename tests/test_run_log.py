@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,22 @@ def test_a_torn_last_line_is_left_out_and_dropped_on_resume(tmp_path: Path, torn
     written(tmp_path, range(4, 6), resumed_at=3).close()
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
     assert all(json.loads(line) for line in (tmp_path / LOG).read_text().splitlines())
+
+
+@pytest.mark.parametrize("garbage", ["\0\0\0", "{}", '{"step": 2}', '{"event": "train", "step": "x"}', "[" * 100_000])
+def test_a_damaged_line_in_the_middle_costs_no_other(tmp_path: Path, garbage: str):
+    written(tmp_path, range(1, 6)).close()
+    lines = (tmp_path / LOG).read_text().splitlines()
+    (tmp_path / LOG).write_text("\n".join([*lines[:2], garbage, *lines[2:]]) + "\n")
+    written(tmp_path, range(4, 6), resumed_at=3).close()
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_a_pipe_in_the_place_of_the_log_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / LOG)
+    with pytest.raises(InputError, match="is a folder, pipe or device, not a file"):
+        written(tmp_path, range(1, 2))
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept_apart_from_the_next(tmp_path: Path):
