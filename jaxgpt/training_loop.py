@@ -61,6 +61,8 @@ class TrainResult:
     loss: float
     """Of the last step, nats a trained token."""
     validation_loss: float | None
+    validated_at: int | None
+    """The step of which that is."""
     best_validation_loss: float | None
     stop_reason: str
     """`steps`, `patience` or `signal`."""
@@ -186,6 +188,7 @@ class Loop:
             step=int(self.state.step),
             loss=self.loss,
             validation_loss=self.validation_loss,
+            validated_at=self.validated if self.validation_loss is not None else None,
             best_validation_loss=self.best,
             stop_reason=reason,
             tokens=self.tokens,

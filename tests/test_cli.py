@@ -100,7 +100,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
         (["generate", "d"], "expected prompts, --messages FILE or --ids, got none of them"),
         (["generate", "d", "x", "--ids", "1"], "got several of them"),
         (["generate", "d", "--ids", "1,x"], "--ids must be integers, got '1,x'; write --ids 464,2068"),
-        (["generate", "d", "x", "--temperature", "-1"], "temperature must be ≥ 0, got -1.0"),
+        (["generate", "d", "x", "--temperature", "-1"], "temperature must be in 0–1,000,000, got -1.0"),
         (["generate", "nowhere", "x"], "nowhere is no folder"),
         (["generate", "d", "--messages", "nowhere.json"], "nowhere.json is not a file"),
         (["pretrain"], "--out is missing"),
@@ -236,18 +236,19 @@ def test_training_verbs_pass_their_settings_and_print_the_result(
 
     def fake(settings: Any) -> TrainResult:
         got.append(settings)
-        return TrainResult("runs/x", 7, float("nan"), 1.5, 1.5, got[0].out or "steps", 100, 2.0)
+        validated_at = 7 if got[0].out == "steps" else 4
+        return TrainResult("runs/x", 7, float("nan"), 1.5, validated_at, 1.5, got[0].out or "steps", 100, 2.0)
 
     monkeypatch.setattr(train, "pretrain", fake)
     monkeypatch.setattr(train, "sft", fake)
     assert run("pretrain", "--data", "d", "--out", "steps", "--preset", "gpt2", "--steps", 7, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["step"], result["loss"], result["validation_loss"]) == (7, None, 1.5)
+    assert (result["step"], result["loss"], result["validation_loss"], result["validated_at"]) == (7, None, 1.5, 7)
     assert (got[0].data, got[0].model.preset, got[0].train.steps) == ("d", "gpt2", 7)
     got.clear()
     assert run("sft", "--model", "m", "--data", "d", "--out", "signal", "--no-pack") == 130
     assert not got[0].pack
-    assert "step 7: validation loss 1.5000; saved in runs/x" in capsys.readouterr().out
+    assert "step 7: validation loss 1.5000 (of step 4); saved in runs/x" in capsys.readouterr().out
 
 
 def test_check_prints_each_line_and_fails_with_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -84,6 +84,8 @@ def _ended(result: "TrainResult", unit: str, output: Output) -> int:
     # A finished run that is resumed takes no step, so it has no loss to tell.
     losses = {"loss": None if math.isnan(result.loss) else result.loss, "validation loss": result.validation_loss}
     told = ", ".join(f"{name} {run_log.told(loss, unit)}" for name, loss in losses.items() if loss is not None)
+    if result.validated_at not in (None, result.step):
+        told += f" (of step {result.validated_at})"
     if processes.first():
         output.say(f"step {result.step}: {told or 'no step was taken'}; saved in {result.out}")
     # A signal ended it early, with everything saved; scripts must not take that for done.
