@@ -90,7 +90,7 @@ class ChatSession:
             ids = chat.opened(messages, self.tokenizer, self.template)
         elif messages:
             ids = [id for message in messages for id in self.tokenizer.encode(message["content"])]
-        if len(ids) >= self.limit:
+        if len(ids) > self.limit:
             raise InputError(f"the conversation is {len(ids):,} tokens; limit {self.limit:,}")
         self.ids = ids
         self.messages = list(messages)
@@ -116,9 +116,10 @@ class ChatSession:
         new = self._opening(text)
         budget = min(self.settings.max_new_tokens, self.room - len(new))
         if budget < 1:
+            remedy = "start over" if self.room < 2 else "start over, or shorten the message"
             raise InputError(
                 f"the conversation is {len(self.ids):,} tokens and this message adds {len(new):,}; "
-                f"limit {self.limit:,}; start over, or shorten the message"
+                f"limit {self.limit:,}; {remedy}"
             )
         self._turn = _Turn(text, len(self.ids), len(self.messages))
         return self._reply(text, new, budget)

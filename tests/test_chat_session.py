@@ -251,6 +251,16 @@ def test_a_reply_ends_where_the_context_does():
     assert session.ids == rendered(session)
 
 
+def test_a_conversation_that_fills_the_context_is_loaded_and_can_only_be_started_over():
+    session = ChatSession(tiny(context=64), settings=GenerationSettings(max_new_tokens=500))
+    text(session.send("abc"))
+    assert (len(session.ids), session.room) == (64, -2)
+    session.load(session.messages)
+    assert len(session.ids) == 64
+    with pytest.raises(InputError, match=r"limit 64; start over$"):
+        session.send("a")
+
+
 def test_raw_sessions_are_one_running_text(chatml: LM):
     session = ChatSession(chatml, raw=True, settings=GenerationSettings(max_new_tokens=6))
     first = text(session.send("abc"))

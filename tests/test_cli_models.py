@@ -144,6 +144,11 @@ def test_generate_refuses_files_that_hold_no_question(
 def test_generate_refuses_what_outgrows_the_context(models: Path, capsys: pytest.CaptureFixture[str]):
     message = refusal(capsys, "generate", models / "base", "x" * 100, "--max-new-tokens", 64)
     assert message == "prompt is 100 tokens; limit 128 including 64 to generate"
+    # The tokens that nobody asked for are as many as there is room for.
+    assert run("generate", models / "base", "x" * 100, "y", "--json") == 0
+    assert all(len(json.loads(line)["ids"]) <= 28 for line in capsys.readouterr().out.splitlines())
+    message = refusal(capsys, "generate", models / "base", "x" * 128)
+    assert message == "prompt is 128 tokens; limit 128 including 1 to generate"
     assert refusal(capsys, "generate", models / "base", "--ids", "5,9999") == "token 9999 outside vocabulary 0–383"
     assert "not valid Unicode at character 1 (U+D800)" in refusal(capsys, "generate", models / "base", "a\ud800")
 
@@ -387,7 +392,9 @@ def test_bench_ends_with_json_and_fails_below_the_floor(models: Path, capsys: py
     assert min(result[name] for name in ("decode_mfu", "prefill_mfu", "peak_memory_bytes")) > 0
     assert result["peak_flops_are"] == "a float32 product measured here"
     assert run("bench", models / "base", "--iterations", 1, "--max-tokens", 8, "--floor", 1e12, "--json") == 1
-    assert json.loads(capsys.readouterr().out)["passed"] is False
+    said = capsys.readouterr()
+    assert json.loads(said.out)["passed"] is False
+    assert said.err.endswith(" tokens/s are below the floor of 1e+12\n")
     assert "fills the context of 128" in refusal(capsys, "bench", models / "base", "--max-tokens", 128)
 
 

@@ -67,6 +67,8 @@ def bench(settings: BenchSettings, output: Output) -> int:
         "passed": settings.floor is None or decode >= settings.floor,
     }
     output.result(result)
+    if not result["passed"]:
+        output.note(f"{decode:,.1f} tokens/s are below the floor of {settings.floor:g}")
     return 0 if result["passed"] else 1
 
 

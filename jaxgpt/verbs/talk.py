@@ -22,6 +22,8 @@ def generate(settings: GenerateSettings, output: Output) -> int:
     chosen = settings.generation
     if settings.messages:
         _refuse_answered(prompts, settings.messages, lm)
+    if "--max-new-tokens" not in output.given:
+        chosen = _within_context(lm, prompts, chosen)
     if len(prompts) == 1 and lm.tokenizer and not output.json:
         print_pieces(lm.stream(prompts[0], **_fields(chosen)), output)
     else:
@@ -53,6 +55,12 @@ def _refuse_answered(conversations: list[Any], file: str, lm: "LM") -> None:
     for number, messages in enumerate(conversations, start=1):
         if messages[-1].get("role") == role:
             raise InputError(f"{file}: conversation {number} ends with the {role}; end it with a message to answer")
+
+
+def _within_context(lm: "LM", prompts: list[Any], chosen: GenerationSettings) -> GenerationSettings:
+    """The tokens that nobody asked for are no more than the context leaves after the longest prompt."""
+    left = lm.config.max_position_embeddings - max(len(lm.encode(prompt)) for prompt in prompts)
+    return dataclasses.replace(chosen, max_new_tokens=max(1, min(chosen.max_new_tokens, left)))
 
 
 def _batch(lm: "LM", prompts: list[Any], chosen: GenerationSettings, output: Output) -> None:
