@@ -33,8 +33,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be ≥ 0, got {self.temperature}")
+        if not 0.0 <= self.temperature <= 1e6:
+            raise InputError(f"temperature must be in 0–1,000,000, got {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"top_k must be ≥ 0, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:

@@ -94,8 +94,9 @@ HOSTILE: dict[str, dict[str, str]] = {
     GENERATE: {
         "--max-new-tokens 0": "max_new_tokens must be at least 1, got 0",
         "--max-new-tokens 99999999": "prompt is 5 tokens; limit 128 including 99,999,999 to generate",
-        "--temperature nan": "temperature must be ≥ 0, got nan",
-        "--temperature inf": "temperature must be ≥ 0, got inf",
+        "--temperature nan": "temperature must be in 0–1,000,000, got nan",
+        "--temperature inf": "temperature must be in 0–1,000,000, got inf",
+        "--temperature 1e39": "temperature must be in 0–1,000,000, got 1e+39",
         "--top-k -1": "top_k must be ≥ 0, got -1",
         "--top-p nan": "top_p must be in (0, 1], got nan",
         "--seed 99999999999": "seed must be in 0–4294967295",

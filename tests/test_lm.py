@@ -189,8 +189,8 @@ def test_without_a_tokenizer_ids_go_in_and_come_out(without_tokenizer: LM):
     ("settings", "message"),
     [
         ({"temperatur": 1}, "generate has no setting 'temperatur'; it takes max_new_tokens, temperature, top_k, top_p"),
-        ({"temperature": -0.1}, "temperature must be ≥ 0, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be ≥ 0, got nan"),
+        ({"temperature": -0.1}, "temperature must be in 0–1,000,000, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be in 0–1,000,000, got nan"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
