@@ -450,7 +450,8 @@ def test_the_cache_is_updated_in_place():
 
 
 def test_after_warm_up_50_ragged_generations_and_50_turns_compile_nothing_and_an_unwarmed_size_does():
-    config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97)  # no other test's programs
+    # No other test's programs; one layer, since 28 are compiled.
+    config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97, num_hidden_layers=1)
     made = generator(config)
     buckets = Buckets.upto(batch=2, prompt=32, tokens=128)
     assert str(buckets) == "batches 1, 2; prompts 16, 32; caches 64, 128: at most 28 programs"
