@@ -179,9 +179,9 @@ FORWARDS: dict[str, tuple[str, Any, str]] = {
 
 
 def cases_of(table: dict[str, Any], quick: int) -> list[Any]:
-    """The first are quick enough for every run, of the others every sixth for `make test`."""
+    """The first are quick enough for every run, of the others every twelfth for `make test`."""
     slow, exhaustive = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
-    marks = [[] if number < quick else exhaustive if number % 6 else slow for number in range(len(table))]
+    marks = [[] if number < quick else exhaustive if number % 12 else slow for number in range(len(table))]
     return [pytest.param(name, id=name.replace(" ", "_"), marks=mark) for name, mark in zip(table, marks, strict=True)]
 
 
