@@ -9,9 +9,9 @@ Of several processes the first decides, hashes and renames; all of them write ar
 
 import errno
 import os
-import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -149,7 +149,10 @@ def save(
                 _thin(directory, step, keep)
         future.set_result(final)
 
-    threading.Thread(target=finish, name=f"save step {step}").start()
+    try:
+        threading.Thread(target=finish, name=f"save step {step}").start()
+    except RuntimeError:  # there may be no more of them; then the run waits
+        finish()
     return Saving(future)
 
 
@@ -232,9 +235,8 @@ def _clean(directory: Path) -> None:
     for number, path in step_folder.folders(directory).items():
         if step_folder.REPLACED.fullmatch(path.name):
             os.rename(path, directory / f"step-{number:08d}")
-    for path in directory.glob(".step-*"):
-        if re.fullmatch(r"\.step-\d+\.(partial.*|replaced|trash)", path.name):
-            _delete(path)
+    for path in step_folder.leftovers(directory):
+        _delete(path)
 
 
 def _thin(directory: Path, saved: int, keep: int) -> None:
@@ -251,6 +253,8 @@ def _thin(directory: Path, saved: int, keep: int) -> None:
 
 def _delete(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # a file in the place of a folder
+        path.unlink()
 
 
 def _require_space(directory: Path, contents: Contents) -> None:
@@ -266,8 +270,13 @@ def _bytes(contents: Contents) -> int:
 
 def _not_saved(directory: Path, step: int, contents: Contents, partial: Path, error: BaseException) -> CheckpointError:
     """What is said of a save that failed. It must not raise: whoever waits for the step would wait for ever."""
-    for path in directory.glob(f"{partial.name}*"):
-        _delete(path)
+    for _ in range(50):
+        left = [*directory.glob(f"{partial.name}*")]
+        if not left:
+            break
+        for path in left:
+            _delete(path)
+        time.sleep(0.1)  # the first failure is told while Orbax writes the rest, and makes folders anew
     good = steps(directory)
     last = f"last good step {good[-1]}" if good else "no step was saved before"
     full = any(number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text for number, text in _chain(error))
@@ -397,7 +406,7 @@ def read(verified: Verified, *, cast: str | None = None, mapped: bool = False) -
     except (InputError, OSError) as error:
         # A run thins its steps and may save one anew; then no file's own trouble is what matters.
         _refuse_replaced(verified)
-        message = error if isinstance(error, InputError) else f"{error.filename}: {error.strerror}"
+        message = error if isinstance(error, InputError) else ": ".join(filter(None, (error.filename, error.strerror)))
         raise CheckpointError(f"{step_folder.title(verified.path)}: {message}") from None
 
 

@@ -18,7 +18,15 @@ from jaxgpt.array_files import Header
 from jaxgpt.errors import InputError
 from jaxgpt.step_folder import Contents
 
-_NEVER_BEGUN = ("async_serialize_from_host", "_create_paths")
+_NEVER_BEGUN = (
+    "async_serialize_from_host",
+    "_background_serialize",
+    "_create_paths",
+    "_finalize_save",
+    "_run_background",
+    "_serialize_without_dispatcher",
+    "_write_metadata_after_commits",
+)
 """Coroutines that Orbax leaves behind."""
 
 
@@ -34,6 +42,8 @@ def begin(partial: Path, contents: Contents, copy: bool) -> Any:
     }
     context = _storage()
     context.memory.deepcopy_host_arrays = copy
+    # Else, where a save fails to begin, threads wait 300 s for folders that nobody makes, and the exit for them.
+    context.asynchronous.create_directories_asynchronously = False
     with context:
         return ocp.save_checkpointables_async(partial, trees)
 
@@ -68,7 +78,9 @@ def _orbax() -> Any:
     logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
     logging.getLogger("asyncio").addFilter(_is_news)
     # Of what a save that failed had still to do, Python warns when it forgets it.
-    warnings.filterwarnings("ignore", f"coroutine '({'|'.join(_NEVER_BEGUN)})\\b.*' was never awaited", RuntimeWarning)
+    warnings.filterwarnings(
+        "ignore", f"coroutine '.*\\b({'|'.join(_NEVER_BEGUN)})\\b.*' was never awaited", RuntimeWarning
+    )
     _hush_tensorstore()
     try:
         from orbax.checkpoint import v1 as ocp

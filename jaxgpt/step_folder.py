@@ -36,6 +36,7 @@ GOLDEN = "golden.json"
 """See `jaxgpt.golden_prompts`."""
 STEP = re.compile(r"step-(\d{8,})")
 REPLACED = re.compile(r"\.step-(\d{8,})\.replaced")
+_LEFTOVER = re.compile(r"\.step-\d+\.(partial.*|replaced|trash)")
 
 
 class CheckpointError(InputError):
@@ -100,7 +101,7 @@ def candidates(directory: Path, step: int | None) -> list[Path]:
     """The folders that may be loaded, newest first; those that lost their manifest are among them, to be refused."""
     if (directory / manifest.MANIFEST).exists():
         return [directory]
-    found = {**_unlisted(directory), **folders(directory)}
+    found = {**unlisted(directory), **folders(directory)}
     if not found:
         raise CheckpointError(f"{directory} {_instead(directory)}")
     if step is not None and step not in found:
@@ -108,12 +109,24 @@ def candidates(directory: Path, step: int | None) -> list[Path]:
     return [found[n] for n in sorted(found, reverse=True) if step in (None, n)]
 
 
-def _unlisted(directory: Path) -> dict[int, Path]:
-    """Step folders without a manifest, which was there when they were given their name."""
+def unlisted(directory: Path) -> dict[int, Path]:
+    """Step folders by number, those without a manifest among them, which was there when they were given their name."""
     if not directory.is_dir():
         return {}
     matches = {path: STEP.fullmatch(path.name) for path in directory.iterdir() if path.is_dir()}
     return {int(match[1]): path for path, match in matches.items() if match and not path.is_symlink()}
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """What a save that was killed or failed left in a folder, beside the steps that count."""
+    counted = folders(directory).values()
+    return [path for path in directory.glob(".step-*") if _LEFTOVER.fullmatch(path.name) and path not in counted]
+
+
+def refuse_taken(directory: Path) -> None:
+    """Raise InputError unless there is nothing at `directory`, or a folder with leftovers at most."""
+    if directory.exists() and not (directory.is_dir() and {*directory.iterdir()} <= {*leftovers(directory)}):
+        raise InputError(f"{directory} exists and is not an empty folder; choose another")
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -123,7 +136,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 def _instead(directory: Path) -> str:
     """What a folder without a checkpoint is, and what to give in its place."""
-    if directory.with_name(f".{directory.name}.replaced").is_dir():
+    if (directory.parent / f".{directory.name}.replaced").is_dir():  # of `/` the name is empty
         return f"was being rewritten when the process died; `jaxgpt tokenizer repair {directory}` finishes it"
     if not directory.is_dir():
         return "is no folder; give a run folder, with steps such as step-00000120"

@@ -2,11 +2,15 @@
 
 import dataclasses
 import errno
+import gc
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +261,18 @@ def test_a_foreign_file_is_refused(run: Path):
 def test_what_is_no_checkpoint_says_what_was_expected(tmp_path: Path):
     assert refused(tmp_path).endswith(" holds no checkpoint; give a run folder, with steps such as step-00000120")
     assert refused(tmp_path / "none").startswith(f"{tmp_path / 'none'} is no folder; give a run folder")
+
+
+def test_the_root_folder_is_no_checkpoint_either():
+    assert refused(Path("/")).startswith("/ holds no checkpoint")
+
+
+def test_an_error_of_the_system_without_a_file_is_told_alone(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(checkpoint.array_files, "mapped", full)
+    assert refused(run, mapped=True) == "checkpoint step 120: Too many open files"
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(saved: Path):
@@ -595,6 +611,58 @@ def test_an_error_of_orbax_surfaces_at_the_save_it_belongs_to(tmp_path: Path, mo
     monkeypatch.setattr(checkpoint, "_begin_arrays", lambda *_: Failing())
     assert failed(tmp_path, 7).startswith("step 7 was not saved: disk full (need ")
     assert failed(tmp_path, 7).endswith("; no step was saved before")
+
+
+def test_what_orbax_still_writes_of_a_failed_save_is_removed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class StillWriting:
+        def result(self) -> None:
+            rest = tmp_path / ".step-00000007.partial.orbax-checkpoint-tmp/params/a"
+            rest.mkdir(parents=True)
+            threading.Timer(0.05, rest.mkdir, kwargs={"parents": True, "exist_ok": True}).start()
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(checkpoint, "_begin_arrays", lambda *_: StillWriting())
+    assert failed(tmp_path, 7).startswith("step 7 was not saved: [Errno 27] File too large; ")
+
+
+def refuse_thread(patch: pytest.MonkeyPatch, which: Callable[[threading.Thread, int], bool]) -> None:
+    """The threads that `which` picks, by their number too, cannot be started."""
+    start, numbers = threading.Thread.start, itertools.count(1)
+
+    def limited(self: threading.Thread) -> None:
+        if which(self, next(numbers)):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    patch.setattr(threading.Thread, "start", limited)
+
+
+@pytest.mark.parametrize("number", [3, 5, 9])
+def test_a_save_that_could_not_begin_leaves_no_thread_that_the_exit_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    save(tmp_path, 1)
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        refuse_thread(patch, lambda _, n: n == number)
+        assert failed(tmp_path) == "step 1200 was not saved: can't start new thread; last good step 1"
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while left := [t for t in {*threading.enumerate()} - before if not t.daemon]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def test_where_no_thread_is_left_to_finish_a_save_the_run_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    refuse_thread(monkeypatch, lambda thread, _: thread.name == "save step 3")
+    assert save(tmp_path, 3).name == "step-00000003"
+
+
+def test_a_file_in_the_place_of_a_leftover_folder_is_removed(tmp_path: Path):
+    for name in (".step-00000006.partial", ".step-00000006.replaced"):
+        (tmp_path / name).write_text("")
+    assert save(tmp_path, 6).name == "step-00000006"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
 
 
 def test_a_run_folder_that_is_gone_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
