@@ -157,6 +157,54 @@ def test_a_finished_shard_that_was_damaged_is_encoded_again(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def interrupted(source: Path, out: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 16)  # the plan, then five shards of three files each
+        with pytest.raises(KeyboardInterrupt):
+            encode([source], out, tokenizer, shard_tokens=3000)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", "next", "old"])
+def test_a_shard_whose_record_was_damaged_is_encoded_again(
+    source: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+):
+    encode([source], tmp_path / "whole", tokenizer, shard_tokens=3000)
+    interrupted(source, tmp_path / "out", tokenizer, monkeypatch)
+    path = tmp_path / "out" / "partial" / "train-00004.json"
+    record = json.loads(path.read_text())
+    if damage == "next":
+        record["next"][0] -= 1
+    if damage == "old":
+        del record["sha256"]
+    path.write_text(json.dumps(record) if damage in ("next", "old") else damage)
+    encode([source], tmp_path / "out", tokenizer, shard_tokens=3000)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "\xff", "[" * 10**5])
+def test_a_damaged_plan_or_index_is_one_line_that_names_it(
+    source: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+):
+    out = tmp_path / "out"
+    interrupted(source, out, tokenizer, monkeypatch)
+    plan, index = out / "partial" / "plan.json", out / "index.json"
+    whole = plan.read_bytes()
+    plan.write_bytes(damage.encode("latin-1"))
+    text = refused([source], out, tokenizer, shard_tokens=3000)
+    assert text == f"{plan} is not a JSON object; remove {out} or choose another folder"
+    plan.write_bytes(whole)
+    encode([source], out, tokenizer, shard_tokens=3000)
+    index.write_bytes(damage.encode("latin-1"))
+    text = refused([source], out, tokenizer, shard_tokens=3000)
+    assert text == f"{index} is not a JSON object; encode the text again"
+
+
+def test_a_pipe_in_place_of_the_plan_is_refused(source: Path, tokenizer: Tokenizer, tmp_path: Path):
+    (tmp_path / "out" / "partial").mkdir(parents=True)
+    os.mkfifo(tmp_path / "out" / "partial" / "plan.json")
+    assert "plan.json is a folder, pipe or device, not a file;" in refused([source], tmp_path / "out", tokenizer)
+
+
 def encode_slowly(source: Path, out: Path) -> None:
     encode_module.SAMPLE_TOKENS = 100
     encode([source], out, char(source), shard_tokens=1000, progress=lambda _: time.sleep(0.002))
@@ -379,6 +427,33 @@ def test_a_full_disk_is_one_line_and_the_encode_continues_later(
     assert not list((tmp_path / "out").rglob(".*tmp"))
     encode([source], tmp_path / "out", tokenizer, shard_tokens=3000)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS])
+@pytest.mark.parametrize("after", [0, 20])
+def test_a_write_that_fails_is_one_line_and_the_encode_continues_later(
+    source: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: int
+):
+    encode([source], tmp_path / "whole", tokenizer, shard_tokens=3000)
+    with monkeypatch.context() as patch:
+        left = iter(range(after))
+
+        def failing(_: int) -> None:
+            if next(left, None) is None:
+                raise OSError(number, os.strerror(number))
+
+        patch.setattr(shard_writer.os, "fsync", failing)
+        text = refused([source], tmp_path / "out", tokenizer, shard_tokens=3000)
+    assert f" was not saved: {os.strerror(number)}; put that right and run the same command again" in text
+    assert not list((tmp_path / "out").rglob(".*tmp"))
+    encode([source], tmp_path / "out", tokenizer, shard_tokens=3000)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(source: Path, tokenizer: Tokenizer, tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    text = refused([source], tmp_path / "file" / "out", tokenizer)
+    assert text == f"{tmp_path}/file/out/partial cannot be made (Not a directory); choose another folder"
 
 
 def test_encoded_text_needs_no_other_input(source: Path, tokenizer: Tokenizer, tmp_path: Path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from jaxgpt.chat import TEMPLATES
 from jaxgpt.data.encode import encode
-from jaxgpt.data.shards import TokenShards
+from jaxgpt.data.shards import SEAL, TokenShards, read_index, sealed
 from jaxgpt.errors import InputError
 from jaxgpt.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 def edit_index(folder: Path, **changes: object) -> None:
     index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(index | changes))
+    (folder / "index.json").write_text(json.dumps(sealed(index | changes)))
 
 
 def refused(folder: Path, split: str = "train") -> str:
@@ -105,7 +106,7 @@ def test_an_index_that_cannot_be_trusted_is_refused(folder: Path, tmp_path: Path
     edit_index(folder, version=2)
     assert "has version 2, this program reads 1" in refused(folder)
     (folder / "index.json").write_text("[" * 10**5)
-    assert "is not JSON" in refused(folder)
+    assert "is not a JSON object" in refused(folder)
     (folder / "index.json").write_text("{}")
     assert "is not an index of token shards" in refused(folder)
 
@@ -115,13 +116,60 @@ def test_an_index_that_cannot_be_trusted_is_refused(folder: Path, tmp_path: Path
     [
         ({"dtype": "x"}, "dtype 'x' and vocab_size"),
         ({"dtype": ["<u2"]}, "dtype ['<u2'] and vocab_size"),
-        ({"vocab_size": "300"}, "vocab_size '300', expected <u2 or <u4 and a positive integer; encode the text again"),
+        ({"vocab_size": "300"}, "vocab_size '300', expected <u2 or <u4 and 1 to 320; encode the text again"),
         ({"vocab_size": -1}, "vocab_size -1, expected"),
     ],
 )
 def test_an_index_of_absurd_ids_is_refused(folder: Path, changes: dict[str, object], got: str):
     edit_index(folder, **changes)
     assert got in refused(folder)
+
+
+def test_every_flipped_bit_of_the_index_is_refused_or_changes_nothing(folder: Path):
+    path = folder / "index.json"
+    content, index = path.read_bytes(), read_index(folder)
+    refusals = 0
+    for bit in range(0, 8 * len(content), 61):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        found = None
+        with suppress(InputError):
+            found = read_index(folder)
+        refusals += found is None
+        assert found is None or {**found, SEAL: index[SEAL]}.items() >= index.items(), bit
+    assert refusals > 300
+
+
+def unsealed(folder: Path, **changes: object) -> None:
+    """The index as it was written before it was sealed."""
+    index = read_index(folder) | changes
+    index.pop(SEAL, None)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_an_index_without_a_seal_is_believed_of_the_tokenizer_that_its_plan_names(folder: Path):
+    state = read_index(folder)["tokenizer"]
+    changed = json.loads(json.dumps(state).replace("abc", "abC"))
+    assert changed != state
+    unsealed(folder)
+    TokenShards(folder).verify()
+    unsealed(folder, tokenizer=changed)
+    assert refused(folder) == f"{folder}/index.json fails SHA-256; encode the text again"
+
+
+@pytest.mark.parametrize("value", [None, -1, 1.5, "x", [], {}, True])
+@pytest.mark.parametrize("name", ["model_vocab_size", "statistics", "skipped", "plan", "splits", "tokenizer"])
+def test_a_part_of_the_index_of_another_type_is_refused(folder: Path, name: str, value: object):
+    unsealed(folder, **{name: value})
+    assert refused(folder).startswith(f"{folder}/index.json ")
+
+
+@pytest.mark.parametrize("shards", [5, {}, [5], [{"file": "train-00000.bin"}]])
+def test_shards_that_are_none_are_refused(folder: Path, shards: object):
+    splits = read_index(folder)["splits"]
+    unsealed(folder, splits=splits | {"train": splits["train"] | {"shards": shards}})
+    assert "index.json is damaged: a part of it is missing or of another type; encode the text again" in refused(folder)
 
 
 def test_a_split_without_tokens_is_refused(folder: Path):

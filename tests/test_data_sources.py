@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -54,6 +55,14 @@ def test_a_file_in_a_folder_that_is_no_text_is_skipped_with_its_reason(tmp_path:
         Skipped("b.bin", "NUL at byte 2"),
         Skipped("c.txt", "empty"),
     ]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    assert message(tmp_path / "pipe").startswith(
+        f"{tmp_path}/pipe is a pipe or device, and text is read more than once; give a folder, a text or .jsonl file"
+    )
+    assert message(tmp_path / "none").startswith(f"{tmp_path}/none does not exist; give a folder")
 
 
 def test_a_file_named_by_the_user_that_is_no_text_is_refused(tmp_path: Path):

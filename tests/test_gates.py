@@ -19,6 +19,7 @@ from jaxgpt.chat import CHATML
 from jaxgpt.checks.golden import golden_prompts_test
 from jaxgpt.data.batches import Batch, WindowRows
 from jaxgpt.data.encode import encode
+from jaxgpt.data.shards import sealed
 from jaxgpt.errors import InputError
 from jaxgpt.lm import LM
 from jaxgpt.presets import PRESETS
@@ -130,7 +131,7 @@ def test_ids_of_another_vocabulary_do_not_pass_under_the_name_of_the_models(base
     other = encoded(tmp_path, ALPHABET + "ABCDEFGHIJKLMN")
     index = json.loads((other / "index.json").read_text("utf-8"))
     index["tokenizer"] = checkpoint.load(base).tokenizer.state()
-    (other / "index.json").write_text(json.dumps(index), "utf-8")
+    (other / "index.json").write_text(json.dumps(sealed(index)), "utf-8")
     text = refused(settings(other, tmp_path / "out", init_from=str(base)))
     found = re.match(
         r"the loaded model scores ([\d.]+) before any update, (worse than a uniform guess|above 4.845)", text

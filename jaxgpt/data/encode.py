@@ -7,7 +7,6 @@ encode was interrupted.
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections import deque
@@ -22,10 +21,21 @@ import numpy as np
 from jaxgpt.chat import Template
 from jaxgpt.data.corpus import Corpus, Item, Piece, name_bytes, pieces_of, place
 from jaxgpt.data.shard_writer import PARTIAL, ShardWriter, as_json, write
-from jaxgpt.data.shards import FORMAT, INDEX, SPLITS, VERSION, TokenShards, read_index
+from jaxgpt.data.shards import (
+    FORMAT,
+    INDEX,
+    SPLITS,
+    VERSION,
+    TokenShards,
+    read_index,
+    read_json,
+    sealed,
+    sha256_of_json,
+)
 from jaxgpt.data.sources import STDLIB, Skipped
 from jaxgpt.data.statistics import Statistics, judge, measure, unknown_ids
 from jaxgpt.errors import InputError, first
+from jaxgpt.regular_files import is_there
 from jaxgpt.tokenizer import Tokenizer
 
 SAMPLE_DOCUMENTS = 100
@@ -89,7 +99,7 @@ def encode(
         InputError: before anything is written: a source cannot be read, a row is
             malformed, a split would be empty, the first 100 documents or 32 K
             tokens look broken (unless `accept`), or `out` holds something else.
-            Later: the disk is full.
+            Later: a file cannot be written.
     """
     out = Path(out)
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
@@ -101,7 +111,7 @@ def encode(
     survey = _survey(corpus, report)
     plan = {
         "sources": survey.sha256,
-        "tokenizer": hashlib.sha256(json.dumps(tokenizer.state(), sort_keys=True).encode()).hexdigest(),
+        "tokenizer": sha256_of_json(tokenizer.state()),
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
         "template": template.to_dict() if template else None,
@@ -197,8 +207,10 @@ def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
         _refuse_other_plan(out, read_index(out)["plan"], plan)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         return True
-    if (out / PARTIAL / "plan.json").exists():
-        _refuse_other_plan(out, json.loads((out / PARTIAL / "plan.json").read_text("utf-8")), plan)
+    if is_there(path := out / PARTIAL / "plan.json"):
+        if (found := read_json(path)) is None:
+            raise InputError(f"{path} is not a JSON object; remove {out} or choose another folder")
+        _refuse_other_plan(out, found, plan)
     elif out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
         raise InputError(f"{out} is not empty and holds no encoded text; choose a new folder")
     return False
@@ -292,7 +304,10 @@ def _in_parallel(
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
-    (out / PARTIAL).mkdir(parents=True, exist_ok=True)
+    try:
+        (out / PARTIAL).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out / PARTIAL} cannot be made ({error.strerror}); choose another folder") from None
     write(out / PARTIAL / "plan.json", as_json(plan))
 
 
@@ -321,8 +336,8 @@ def _finish(
         "splits": splits,
         "tokenizer": tokenizer.state(),
     }
-    write(out / INDEX, as_json(index))
-    shutil.rmtree(out / PARTIAL)
+    write(out / INDEX, as_json(sealed(index)))
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
 
 
 def _statistics_of_files(out: Path, splits: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> Statistics:

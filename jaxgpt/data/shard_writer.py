@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.data.corpus import Piece, Split
-from jaxgpt.data.shards import START_DTYPE, sha256_of
+from jaxgpt.data.shards import START_DTYPE, is_sealed, read_json, sealed, sha256_of
 from jaxgpt.errors import InputError
+from jaxgpt.regular_files import is_there
 
 PARTIAL = "partial"
 """Folder of the records of finished shards, there until the index is written."""
@@ -45,17 +47,21 @@ class ShardWriter:
         return f"{self.split}-{len(self.shards):05d}"
 
     def _load_records(self) -> None:
-        while (path := self.out / PARTIAL / f"{self._name()}.json").exists():
-            record = json.loads(path.read_text("utf-8"))
-            shard = record["shard"]
-            intact = all(
-                (self.out / shard[name]).is_file() and sha256_of(self.out / shard[name]) == shard[digest]
-                for name, digest in (("file", "sha256"), ("starts", "starts_sha256"))
-            )
-            if not intact:
-                return
-            self.shards.append(shard)
+        while is_there(path := self.out / PARTIAL / f"{self._name()}.json") and (record := self._finished(path)):
+            self.shards.append(record["shard"])
             self.resume_at = (record["next"][0], record["next"][1])
+
+    def _finished(self, path: Path) -> dict[str, Any] | None:
+        """The record of a shard; None where it or the shard is damaged, which is then written again."""
+        record = read_json(path)
+        if record is None or not is_sealed(record):
+            return None
+        shard = record["shard"]
+        intact = all(
+            (self.out / shard[name]).is_file() and sha256_of(self.out / shard[name]) == shard[digest]
+            for name, digest in (("file", "sha256"), ("starts", "starts_sha256"))
+        )
+        return record if intact else None
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         """Append the ids of a piece; pieces come in order of position."""
@@ -77,7 +83,7 @@ class ShardWriter:
         shard["documents"] = len(self._starts)
         shard["sha256"] = write(self.out / f"{name}.bin", np.concatenate(self._parts).tobytes())
         shard["starts_sha256"] = write(self.out / f"{name}.starts", np.asarray(self._starts, START_DTYPE).tobytes())
-        write(self.out / PARTIAL / f"{name}.json", as_json({"shard": shard, "next": self._next}))
+        write(self.out / PARTIAL / f"{name}.json", as_json(sealed({"shard": shard, "next": self._next})))
         self.shards.append(shard)
         self._clear()
 
@@ -95,14 +101,13 @@ def write(path: Path, content: bytes) -> str:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise InputError(
-            f"{path} was not saved: disk full (need {len(content):,} bytes, {free:,} free); "
-            "free some space and run the same command again"
-        ) from None
+        with suppress(OSError):
+            temporary.unlink()
+        reason, remedy = error.strerror, "put that right"
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(path.parent).free
+            reason, remedy = f"disk full (need {len(content):,} bytes, {free:,} free)", "free some space"
+        raise InputError(f"{path} was not saved: {reason}; {remedy} and run the same command again") from None
     return hashlib.sha256(content).hexdigest()
 
 

@@ -4,13 +4,17 @@ A folder holds `index.json` and, for each split, `train-00000.bin` (little-endia
 uint16, or uint32 where the vocabulary needs it) with `train-00000.starts`
 (little-endian uint64: where in the shard each document begins). Every document
 ends with the tokenizer's end_of_text. A document may go on in the next shard.
+
+The index holds the SHA-256 of every file and, under `sha256`, of all else in it.
 """
 
+import dataclasses
 import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,9 +26,21 @@ from jaxgpt.tokenizer import Tokenizer
 FORMAT = "jaxgpt-shards"
 VERSION = 1
 INDEX = "index.json"
+SEAL = "sha256"
 SPLITS = ("train", "val")
 DTYPES = ("<u2", "<u4")
 START_DTYPE = np.dtype("<u8")
+_SHARD = {"file": str, "starts": str, "tokens": int, "documents": int, "sha256": str, "starts_sha256": str}
+_SPLIT = {"tokens": int, "documents": int, "shards": [_SHARD]}
+_SHAPE = {
+    "model_vocab_size": int,
+    "statistics": {field.name: field.type for field in dataclasses.fields(Statistics)},
+    "skipped": {"count": int, "shown": str},
+    "plan": {"tokenizer": str, "template": (dict, NoneType)},
+    "splits": dict.fromkeys(SPLITS, _SPLIT),
+    "tokenizer": {},
+}
+"""What is read of an index: the type of each value, of each key of an object, of all items of a list."""
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -36,22 +52,61 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / INDEX
     if not path.is_file():
         raise InputError(f"{folder} holds no {INDEX}; encode text into it with `jaxgpt data encode`")
-    try:
-        index = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON; encode the text again") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    index = read_json(path)
+    if index is None:
+        raise InputError(f"{path} is not a JSON object; encode the text again")
+    if index.get("format") != FORMAT:
         raise InputError(f"{path} is not an index of token shards; encode the text again")
     if index.get("version") != VERSION:
         raise InputError(
             f"{path} has version {index.get('version')}, this program reads {VERSION}; encode the text again"
         )
-    if index.get("dtype") not in DTYPES or type(index.get("vocab_size")) is not int or index["vocab_size"] < 1:
+    if not _has_shape(index, _SHAPE):
+        raise InputError(f"{path} is damaged: a part of it is missing or of another type; encode the text again")
+    rows, size = index["model_vocab_size"], index.get("vocab_size")
+    if index.get("dtype") not in DTYPES or type(size) is not int or not 1 <= size <= rows:
         raise InputError(
-            f"{path} has dtype {index.get('dtype')!r} and vocab_size {index.get('vocab_size')!r}, expected "
-            f"{' or '.join(DTYPES)} and a positive integer; encode the text again"
+            f"{path} has dtype {index.get('dtype')!r} and vocab_size {size!r}, expected {' or '.join(DTYPES)} "
+            f"and 1 to {rows}; encode the text again"
         )
+    # Indexes of before they were sealed say it of the tokenizer alone.
+    if not (is_sealed(index) if SEAL in index else sha256_of_json(index["tokenizer"]) == index["plan"]["tokenizer"]):
+        raise InputError(f"{path} fails SHA-256; encode the text again")
     return index
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    if isinstance(shape, dict):
+        parts = cast("dict[str, Any]", shape).items()
+        return isinstance(value, dict) and all(name in value and _has_shape(value[name], part) for name, part in parts)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(item, shape[0]) for item in cast("list[Any]", value))
+    return type(value) in (shape if isinstance(shape, tuple) else (shape,))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where something else is in it."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The same JSON object with the SHA-256 of all else in it."""
+    content = {name: value for name, value in content.items() if name != SEAL}
+    return {**content, SEAL: sha256_of_json(content)}
+
+
+def is_sealed(found: dict[str, Any]) -> bool:
+    """Whether all of a JSON object is as it was when it was sealed."""
+    return found == sealed(found)
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -73,7 +73,8 @@ def files(source: str | Path) -> list[File]:
         if folder.is_file():
             return [File(folder, folder.name, found=False)]
         if not folder.is_dir():
-            raise InputError(f"{source} does not exist; give a folder, a text or .jsonl file, or `{STDLIB}`")
+            what = "is a pipe or device, and text is read more than once" if folder.exists() else "does not exist"
+            raise InputError(f"{source} {what}; give a folder, a text or .jsonl file, or `{STDLIB}`")
         found = list(_walk(folder, set()))
     if not found:
         raise InputError(f"{source} holds no files; give a folder with text in it")
