@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from jaxgpt import checkpoint, device, field_checks, gates, mesh, preflight, pro
 from jaxgpt.chat import PLAIN, TEMPLATES, Template
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.config import ModelConfig
-from jaxgpt.data.batches import Batch, Batches, EpisodeBatches, PretrainBatches, validation
+from jaxgpt.data.batches import Batches, EpisodeBatches, PretrainBatches, Validation, check_same_data, validation
 from jaxgpt.data.episodes import Episodes, read_episodes
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.errors import InputError
@@ -22,7 +22,7 @@ from jaxgpt.preflight import Preflight
 from jaxgpt.presets import PRESETS
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
-from jaxgpt.step_folder import steps
+from jaxgpt.step_folder import refuse_damaged, steps
 from jaxgpt.stop_signals import interrupting
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training_loop import Loop, Run, TrainResult
@@ -80,9 +80,11 @@ def _pretraining(settings: PretrainSettings) -> Run:
     notices += gates.check_answers(source, accept=train.accept_loss) if source else []
     layout = _layout(settings, config, train, notices)
     params = source.params if source else transformer.init(config, train.seed, layout.parameters(config))
-    held_out = TokenShards(settings.data, "val") if shards.index["splits"]["val"]["shards"] else None
-    if held_out:
-        held_out.verify()
+    held_out = None
+    if shards.index["splits"]["val"]["shards"]:
+        val = TokenShards(settings.data, "val")
+        val.verify()
+        held_out = _validation(val, train)
     return Run(
         out=Path(settings.out),
         settings=train,
@@ -92,11 +94,11 @@ def _pretraining(settings: PretrainSettings) -> Run:
         tokenizer=tokenizer,
         template=shards.template(),
         batches=batches,
-        held_out=_validation(held_out, train) if held_out else [],
+        held_out=held_out or [],
         layout=layout,
         # A run that a signal ended before its first step goes on with weights that are still new.
         fresh=not settings.init_from and (resumed is None or resumed.step == 0),
-        origin={"command": "pretrain", "settings": _kept(settings, train)},
+        origin=_origin("pretrain", settings, train, held_out, resumed),
         parent=settings.init_from or None,
         lineage=_lineage(source),
         resumed=resumed,
@@ -132,13 +134,14 @@ def _fine_tuning(settings: SFTSettings) -> Run:
     template = _template(settings, source, notices)
     train = _within_context(source.config, settings.train, notices)
     episodes = read_episodes(_given("--data", settings.data), source.tokenizer, template, train.sequence_length)
-    training, held_out = _split(episodes, settings, train.sequence_length, source.tokenizer, template)
+    training, others = _split(episodes, settings, train.sequence_length, source.tokenizer, template)
 
     def rows(train: TrainSettings) -> Batches:
         size, length = train.batch_size, train.sequence_length
         return EpisodeBatches(training, size, length, train.seed, train.epochs, packed=settings.pack)
 
     batches, train = _batches(rows, train, notices, resumed)
+    held_out = _validation(others, train) if others.episodes else None
     notices += gates.check_answers(source, accept=train.accept_loss)
     layout = _layout(settings, source.config, train, notices)
     return Run(
@@ -150,10 +153,10 @@ def _fine_tuning(settings: SFTSettings) -> Run:
         tokenizer=source.tokenizer,
         template=template.as_trained(),
         batches=batches,
-        held_out=_validation(held_out, train) if held_out.episodes else [],
+        held_out=held_out or [],
         layout=layout,
         fresh=False,
-        origin={"command": "sft", "settings": _kept(settings, train), "episodes": str(training)},
+        origin={**_origin("sft", settings, train, held_out, resumed), "episodes": str(training)},
         parent=settings.model,
         lineage=_lineage(source),
         resumed=resumed,
@@ -166,6 +169,20 @@ _Settings = TypeVar("_Settings", PretrainSettings, SFTSettings)
 
 def _lineage(source: Checkpoint | None) -> dict[str, Any]:
     return {key: source.provenance[key] for key in LINEAGE if key in source.provenance} if source else {}
+
+
+def _origin(
+    command: str,
+    settings: PretrainSettings | SFTSettings,
+    train: TrainSettings,
+    held_out: Validation | None,
+    resumed: Checkpoint | None,
+) -> dict[str, Any]:
+    """What is saved of how the run began; another held-out set than a resumed run's is refused."""
+    rows = held_out.rows.data() if held_out else {}
+    if resumed and resumed.train_json:  # steps of before do not tell their rows
+        check_same_data("held-out", rows, resumed.train_json["origin"].get("held_out", rows))
+    return {"command": command, "settings": _kept(settings, train), "held_out": rows}
 
 
 def _kept(settings: PretrainSettings | SFTSettings, train: TrainSettings) -> dict[str, Any]:
@@ -221,6 +238,8 @@ def _resumed(settings: _Settings, command: str) -> tuple[_Settings, Checkpoint |
     out = settings.out
     if out and Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"--out {out} is a file; give a folder for checkpoints and logs")
+    if out:
+        refuse_damaged(Path(out))
     if not settings.resume:
         if out and steps(out):
             raise InputError(f"{out} already holds a run; pass --resume to go on with it, or another --out")
@@ -337,5 +356,5 @@ def _split(
     )
 
 
-def _validation(source: TokenShards | Episodes, settings: TrainSettings) -> Sequence[Batch]:
+def _validation(source: TokenShards | Episodes, settings: TrainSettings) -> Validation:
     return validation(source, settings.batch_size, settings.sequence_length, limit=settings.eval_batches or None)

@@ -93,7 +93,7 @@ class Run:
     fresh: bool
     """The weights are new: the first loss must be near ln(vocab)."""
     origin: dict[str, Any]
-    """JSON: which command and settings; what `resume` starts from."""
+    """JSON: which command, settings and held-out data; what `resume` starts from."""
     parent: str | None = None
     """The checkpoint the weights came from."""
     lineage: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from bare_runs import bare
 
-from jaxgpt import checkpoint, cli, gates, run_log, train, training_loop, transformer
+from jaxgpt import checkpoint, cli, gates, manifest, run_log, train, training_loop, transformer
 from jaxgpt.chat import CHATML
 from jaxgpt.data.encode import encode
 from jaxgpt.data.instructions import MICRO, generate
-from jaxgpt.data.shards import TokenShards
+from jaxgpt.data.shards import TokenShards, sealed
 from jaxgpt.errors import InputError
 from jaxgpt.run_lock import RunLock
 from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainSettings
@@ -93,25 +94,60 @@ def test_resume_after_a_stop_in_the_middle_is_bit_for_bit(data, base, tmp_path, 
     assert losses(out) == losses(base), "each step once, with the same loss"
 
 
-def test_resume_refuses_other_data(data, tmp_path, monkeypatch, capsys):
+def with_other(split: str, folder: Path) -> None:
+    """The dataset with other tokens in a split, as whole as before."""
+    index = json.loads((folder / "index.json").read_text())
+    shard = folder / f"{split}-00000.bin"
+    shard.write_bytes(shard.read_bytes()[2:] + shard.read_bytes()[:2])
+    index["splits"][split]["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(sealed(index)))
+
+
+def refused_to_resume(command: str, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    assert cli.main([command, "--out", str(out), "--resume"]) == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "nothing was written"
+    return capsys.readouterr().err
+
+
+def of_before_held_out_data_were_noted(step: Path) -> None:
+    saved = json.loads((step / "train.json").read_text())
+    del saved["origin"]["held_out"]
+    (step / "train.json").write_text(json.dumps(saved))
+    manifest.seal(step)
+
+
+@pytest.mark.parametrize(("split", "what"), [("train", "dataset"), ("val", "held-out")])
+def test_resume_refuses_other_data(data, tmp_path, monkeypatch, capsys, split, what):
     out, copied = tmp_path / "run", tmp_path / "data"
-    copied.mkdir()
-    for file in data.iterdir():
-        (copied / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(data, copied)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         train.pretrain(settings(copied, out))
-    index = json.loads((copied / "index.json").read_text())
-    shard = copied / "train-00000.bin"
-    shard.write_bytes(shard.read_bytes()[:-2] + shard.read_bytes()[:2])
-    index["splits"]["train"]["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
-    (copied / "index.json").write_text(json.dumps(index))
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    capsys.readouterr()
-    assert cli.main(["pretrain", "--out", str(out), "--resume"]) == 2
-    told = capsys.readouterr().err
-    assert re.fullmatch(r"jaxgpt: dataset fingerprint differs from checkpoint \([^\n]+\)[^\n]*\n", told), told
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "nothing was written"
+    with_other(split, copied)
+    told = refused_to_resume("pretrain", out, capsys)
+    assert re.fullmatch(rf"jaxgpt: {what} fingerprint differs from checkpoint \([^\n]+ tokens\)[^\n]*\n", told), told
+    of_before_held_out_data_were_noted(out / "step-00000003")
+    assert cli.main(["pretrain", "--out", str(out), "--resume"]) == (0 if split == "val" else 2)
+
+
+def test_resume_of_sft_refuses_another_validation_file(base, tmp_path, monkeypatch, capsys):
+    rows = [json.dumps({"messages": messages}) + "\n" for messages in MICRO]
+    chats, validation, out = tmp_path / "chats.jsonl", tmp_path / "validation.jsonl", tmp_path / "sft"
+    chats.write_text("".join(rows))
+    validation.write_text("".join(rows[:6]))
+    chosen = dataclasses.replace(TRAIN, steps=3, epochs=10, accept_loss=True)
+    given = {"model": str(base), "data": str(chats), "validation": str(validation), "out": str(out)}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train.sft(SFTSettings(**given, train=chosen))
+    validation.write_text("".join(rows[:5]))
+    told = refused_to_resume("sft", out, capsys)
+    expected = "held-out fingerprint differs from checkpoint (5 vs 6 rows); resume with the same data"
+    assert told == f"jaxgpt: {expected}\n"
+    validation.write_text("".join(rows[:6]))
+    assert cli.main(["sft", "--out", str(out), "--resume"]) == 0
 
 
 def test_a_new_run_never_overwrites_an_old_one(data, base):

@@ -6,16 +6,14 @@ a new seeded order each epoch; the position is one number, so that a restored
 iterator continues with exactly the batch that would have come.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
 from jaxgpt.chat import Rendered
 from jaxgpt.data.episodes import Episodes, fingerprint_of
-from jaxgpt.data.shards import TokenShards
+from jaxgpt.data.shards import TokenShards, sha256_of_json
 from jaxgpt.errors import InputError
 
 
@@ -241,7 +239,7 @@ class Batches:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which batches come."""
-        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(self._identity)
 
     def next(self) -> Batch:
         """The next batch.
@@ -277,15 +275,19 @@ class Batches:
             InputError: the position was saved with other data, another seed or
                 another shape of batch, and which of them differs.
         """
-        data, saved = self._identity["data"], position["data"]
-        if data["fingerprint"] != saved["fingerprint"]:
-            counts = f"{data['count']} vs {saved['count']} {data['unit']}"
-            raise InputError(f"dataset fingerprint differs from checkpoint ({counts}); resume with the same data")
+        check_same_data("dataset", self._identity["data"], position["data"])
         for name in self._identity:
             if self._identity[name] != position[name]:
                 change = f"{self._identity[name]} vs {position[name]}"
                 raise InputError(f"{name} differs from checkpoint ({change}); resume with the same {name}")
         self.batches_served = int(position["batches_served"])
+
+
+def check_same_data(what: str, data: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse rows of other data than the checkpoint's; both as `Rows.data` says, empty where there are no rows."""
+    if data != saved:
+        counts = f"{data.get('count', 0)} vs {saved.get('count', 0)} {(data or saved)['unit']}"
+        raise InputError(f"{what} fingerprint differs from checkpoint ({counts}); resume with the same data")
 
 
 class PretrainBatches(Batches):
