@@ -455,10 +455,8 @@ class Loop:
             eos_token_ids=list(self.r.tokenizer.stop_ids),
             tokenizer=self.r.tokenizer,
             template=self.r.template,
-            provenance={
-                **self.r.lineage,
-                **{"parent": self.r.parent, "data": self.r.batches.fingerprint, "tokens": self.tokens},
-            },
+            provenance=dict(self.r.lineage)
+            | {"parent": self.r.parent, "data": self.r.batches.fingerprint, "tokens": self.tokens},
             train={jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves},
             train_json={
                 "origin": self.r.origin,
