@@ -117,6 +117,17 @@ def unlisted(directory: Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in matches.items() if match and not path.is_symlink()}
 
 
+def refuse_damaged(directory: Path) -> None:
+    """Raise CheckpointError where none of a run's steps has a manifest: a new one of that name would not count."""
+    found = unlisted(directory)
+    if found and not folders(directory):
+        names = first([found[number].name for number in sorted(found)])
+        raise CheckpointError(
+            f"{directory} holds no step to go on from, but {names} without {manifest.MANIFEST}: damaged; restore or "
+            "move away what is left of a run, or give another --out"
+        )
+
+
 def leftovers(directory: Path) -> list[Path]:
     """What a save that was killed or failed left in a folder, beside the steps that count."""
     counted = folders(directory).values()

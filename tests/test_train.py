@@ -155,6 +155,19 @@ def test_a_new_run_never_overwrites_an_old_one(data, base):
         train.pretrain(settings(data, base))
 
 
+def test_a_run_whose_steps_lost_their_manifests_is_neither_gone_on_with_nor_trained_over(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "step-00000300").mkdir(parents=True)
+    (out / "log.jsonl").write_text("{}\n")
+    for words in (["--data", str(data)], ["--resume"]):
+        assert cli.main(["pretrain", "--out", str(out), *words]) == 2
+        assert capsys.readouterr().err == (
+            f"jaxgpt: {out} holds no step to go on from, but step-00000300 without manifest.json: damaged; restore or "
+            "move away what is left of a run, or give another --out\n"
+        )
+    assert (out / "log.jsonl").read_text() == "{}\n"
+
+
 def test_an_exhausted_corpus_is_refused_before_the_first_step(data, tmp_path):
     with pytest.raises(InputError, match=r"corpus ended at step \d+ of 5000; pass --epochs to repeat"):
         train.pretrain(settings(data, tmp_path / "out", steps=5000))
