@@ -5,16 +5,19 @@ it, is imported when that verb was chosen.
 """
 
 import difflib
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 
 from jaxgpt import __version__, options, out_of_memory
 from jaxgpt import settings as s
 from jaxgpt.errors import InputError
+from jaxgpt.stop_signals import interrupting, told
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ EXAMPLES = """\
   jaxgpt chat assistant
   jaxgpt generate base "def main(" --temperature 0.8 --max-new-tokens 64
 """
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a stream or file that takes no more is told by, without its name."""
 BUG = "jaxgpt: this is a bug in jaxgpt {}; please open an issue with the lines above and the command"
 
 
@@ -65,7 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 a failed check or a bug, 2 input that cannot be used, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    code = _guarded(words)
+    try:
+        with interrupting():
+            code = _guarded(words)
+    except KeyboardInterrupt:
+        code = 130
+    _flush()
     if code and "jaxgpt.processes" in sys.modules:
         sys.modules["jaxgpt.processes"].end(code)
     return code
@@ -76,39 +86,68 @@ def _guarded(words: list[str]) -> int:
     try:
         code = _run(words)
         sys.stdout.flush()
-        return code
+        return code or (130 if told() else 0)
     except InputError as error:
         if debug:
             traceback.print_exc()
         return _refuse(str(error))
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
-        # Whoever read stdout has gone; flushing at exit must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        return 141  # whoever read stdout has gone
     except Exception as error:
-        return _failed(error, words, debug=debug)
-
-
-def _failed(error: Exception, words: list[str], *, debug: bool) -> int:
-    """What is no bug gets one line: no memory, and a file that cannot be used."""
-    if out_of_memory.means(error):
-        if debug:
+        if told() and not debug:
+            return 130  # native code that was interrupted raises errors of its own
+        message = _no_bug(error, words[0] if words else "")
+        if debug or not message:
             traceback.print_exc()
-        return _refuse(out_of_memory.told(error, words[0]))
-    if not debug and isinstance(error, OSError) and error.filename is not None:
-        return _refuse(f"{error.filename}: {error.strerror}; check that it exists and may be used")
-    return _report_bug()
+        return _refuse(message) if message else _report_bug()
+
+
+def _no_bug(error: Exception, verb: str) -> str:
+    """What gets one line: no memory, a file or stream that cannot be used, JAX told what it does not know."""
+    if out_of_memory.means(error):
+        return out_of_memory.told(error, verb)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check that it exists and may be used"
+    if isinstance(error, OSError) and error.errno in UNWRITTEN:
+        return f"writing failed: {error.strerror}; check the disk, and where standard output and error go"
+    if isinstance(error, FileNotFoundError) and not _folder_is_there():
+        return "the working directory is gone; change to another"
+    variables = sorted(name for name in os.environ if name.startswith("JAX_"))
+    if isinstance(error, ValueError) and variables and "jax" not in sys.modules and _raised_in(error, "jax"):
+        return f"JAX cannot be imported: {error}; correct or unset {', '.join(variables)}"
+    return ""
+
+
+def _folder_is_there() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+def _raised_in(error: Exception, package: str) -> bool:
+    return any(
+        frame.f_globals.get("__name__", "").partition(".")[0] == package
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _flush() -> None:
+    """Flush what was printed; Python does at exit, and complains about what cannot be written."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            print(end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _refuse(message: str) -> int:
-    print(f"jaxgpt: {_one_line(message)}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"jaxgpt: {_one_line(message)}", file=sys.stderr, flush=True)
     return 2
 
 
 def _report_bug() -> int:
-    traceback.print_exc()
     print(BUG.format(__version__), file=sys.stderr)
     return 1
 
@@ -119,6 +158,10 @@ def _one_line(message: str) -> str:
 
 
 def _run(words: list[str]) -> int:
+    for name, stream in (("output", sys.stdout), ("error", sys.stderr)):
+        if stream is None:  # pyright: ignore[reportUnnecessaryComparison]
+            # Whatever file is opened next would take its place, and be written to by native code.
+            raise InputError(f"standard {name} is closed; send it to a file, or to {os.devnull}")
     if not words or words[0] in ("--help", "-h", "help"):
         print(_help(), end="")
         return 0

@@ -37,8 +37,9 @@ def use(device: str) -> str:
     try:
         platform = jax.default_backend()
     except RuntimeError as error:
-        # JAX_PLATFORMS names a device that does not work here.
-        raise InputError(f"JAX cannot start: {' '.join(str(error).split())}; unset JAX_PLATFORMS") from None
+        # JAX_PLATFORMS names a device that does not work here, or JAX_NUM_CPU_DEVICES is no number of them.
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith("JAX_"))) or "JAX_PLATFORMS"
+        raise InputError(f"JAX cannot start: {' '.join(str(error).split())}; correct or unset {variables}") from None
     if device == "gpu" and platform != "gpu":
         raise InputError("--device gpu requested, JAX sees only CPU; install jaxgpt[cuda12]")
     if device == "cpu" and platform != "cpu":

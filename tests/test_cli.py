@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,31 @@ def test_ctrl_c_ends_quietly_with_130(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_every_verb_as_ctrl_c_does(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxgpt.verbs.look.inspect", lambda *_: signal.raise_signal(number) or 0)
+    assert run("inspect", "x") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("after", [ImportError("half"), None])
+def test_a_command_whose_interrupt_was_swallowed_is_not_done(
+    after: Exception | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def swallowing(settings: object, output: Output) -> int:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        if after:
+            raise after
+        return 0
+
+    monkeypatch.setattr("jaxgpt.verbs.look.inspect", swallowing)
+    assert run("inspect", "x") == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_bug_shows_its_traceback_and_where_to_report_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -181,6 +208,46 @@ def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run([sys.executable, "-m", "jaxgpt.cli", "--help"], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+JAXGPT = f"{sys.executable} -m jaxgpt.cli"
+FULL = "jaxgpt: writing failed: No space left on device; check the disk, and where standard output and error go\n"
+CLOSED = "jaxgpt: standard {} is closed; send it to a file, or to /dev/null\n"
+JSON = """-c 'import sys; from jaxgpt import cli; from jaxgpt.verbs import look
+look.inspect = lambda settings, output: output.result({}) or 0; sys.exit(cli.main(["inspect", "x", "--json"]))'"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (f"{JAXGPT} --help >/dev/full", FULL),
+        (f"{sys.executable} {JSON} >/dev/full", FULL),
+        (f"{JAXGPT} chta 2>/dev/full", ""),
+        (f"{JAXGPT} --help >&-", CLOSED.format("output")),
+        (f"{JAXGPT} --help 2>&-", CLOSED.format("error")),
+        (f"rmdir $PWD; {JAXGPT} inspect x", "jaxgpt: the working directory is gone; change to another\n"),
+    ],
+)
+def test_streams_and_a_folder_that_cannot_be_used_get_one_line(
+    command: str, said: str, unbuffered: str, tmp_path: Path
+):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (2, said)
+
+
+def test_a_setting_of_the_environment_that_jax_refuses_gets_one_line(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxgpt.cli", "generate", tmp_path, "x"],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "abc"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith('jaxgpt: JAX cannot be imported: Invalid value "abc" for JAX flag jax_num_cpu_dev')
+    assert "JAX_NUM_CPU_DEVICES" in done.stderr.partition("; correct or unset ")[2]
+    assert done.stderr.count("\n") == 1
 
 
 # -- Output ----------------------------------------------------------------------------

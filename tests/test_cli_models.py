@@ -301,6 +301,22 @@ def test_saving_does_not_overwrite_a_file_of_the_user(
     assert file.read_text() == "precious"
 
 
+def test_a_home_folder_that_nobody_has_ends_no_conversation(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    typed(monkeypatch, "Hi", "/save ~nobody-here/x", "/load ~nobody-here/x")
+    assert run("chat", models / "sft", "--max-new-tokens", 2) == 0
+    assert capsys.readouterr().err.count("~nobody-here/x: that user has no home folder here") == 2
+
+
+def test_chat_without_standard_input_is_refused(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run("chat", models / "sft") == 2
+    assert capsys.readouterr().err.startswith("jaxgpt: standard input is closed; give it lines to answer, or --mess")
+
+
 def test_ctrl_c_stops_one_reply_and_keeps_the_conversation(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -1,5 +1,6 @@
 """The line editor of a conversation, typed into through a pipe."""
 
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from jaxgpt.stop_signals import interrupting
 from jaxgpt.verbs import line_editor as editing
 from jaxgpt.verbs.line_editor import line_editor
 
@@ -60,6 +62,12 @@ def test_ctrl_c_takes_back_what_is_typed_and_does_not_leave(
     assert next_message() == "again"
     assert capsys.readouterr().err == "(Ctrl-D leaves)\n"
     assert next_message() is None
+
+
+def test_a_signal_at_the_prompt_leaves(keyboard: PipeInput, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(editing.PromptSession, "prompt", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt), interrupting():
+        line_editor(COMMANDS, SETTINGS, str)()
 
 
 def test_what_was_typed_is_there_the_next_time_for_its_owner_alone(keyboard: PipeInput):

@@ -13,6 +13,8 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
 
+from jaxgpt.stop_signals import told
+
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
@@ -50,6 +52,8 @@ def line_editor(
             try:
                 return session.prompt("> ")
             except KeyboardInterrupt:
+                if told():
+                    raise  # a signal, no key
                 print("(Ctrl-D leaves)", file=sys.stderr)
             except EOFError:
                 return None

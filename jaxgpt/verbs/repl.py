@@ -165,11 +165,16 @@ class Repl:
 def _path(text: str, command: str) -> Path:
     if not text:
         raise InputError(f"{command} needs a file name")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{text}: that user has no home folder here; write the folder itself") from None
 
 
 def _line_reader(session: "ChatSession") -> Callable[[], str | None]:
     """The next message without its line break; None at the end."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give it lines to answer, or --message TEXT")
     if sys.stdin.isatty() and sys.stdout.isatty():
         from jaxgpt.verbs.line_editor import line_editor
 
