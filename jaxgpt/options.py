@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from jaxgpt import regular_files
 from jaxgpt.errors import InputError
 from jaxgpt.settings import OutputSettings
 
@@ -146,6 +147,7 @@ def parse(settings: type[Settings], words: Sequence[str], command: str) -> Parse
             of the wrong type, something required that is missing, or what the
             dataclass itself refuses.
     """
+    _refuse_bytes(words)
     options = _all_options(settings)
     values, config = _read_words(words, options, command)
     given = tuple(option.shown for option in options if option.path in values)
@@ -156,6 +158,15 @@ def parse(settings: type[Settings], words: Sequence[str], command: str) -> Parse
         first = missing[0]
         raise InputError(f"{first.shown} is missing ({first.meaning}); see `{command} --help`")
     return Parsed(_build(settings, (), values), _build(OutputSettings, ("output",), values), given)
+
+
+def _refuse_bytes(words: Sequence[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            # No provenance, log or tokenizer could hold it.
+            raise InputError(f"{word!r} is not UTF-8; rename the file, or write the text in UTF-8") from None
 
 
 def _all_options(settings: type) -> list[Option]:
@@ -298,6 +309,7 @@ def read_config(file: str, options: Sequence[Option]) -> dict[tuple[str, ...], A
     Raises:
         InputError: no such file, not TOML, an unknown key, or a value of the wrong type.
     """
+    regular_files.is_there(Path(file))  # a pipe, say, is refused, not waited for
     try:
         content = tomllib.loads(Path(file).read_text("utf-8"))
     except OSError as error:

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from jaxgpt.errors import InputError
 
+_MOST_PROCESSES = 100_000
+_LONGEST_SILENCE = 86_400
+"""A day: JAX takes 32 bits of seconds, and what is longer is a mistake."""
+
 
 @dataclass(frozen=True)
 class MeshSettings:
@@ -42,11 +46,11 @@ class ProcessSettings:
         if any(told) and not (all(told) and self.distributed):
             raise InputError("--coordinator-address, --num-processes and --process-id go together, with --distributed")
         host, _, port = self.coordinator_address.rpartition(":")
-        if self.coordinator_address and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        if self.coordinator_address and not (host and port.isdecimal() and port.isascii() and 0 < int(port) < 65536):
             raise InputError(f"coordinator_address must be HOST:PORT, got {self.coordinator_address!r}")
-        if self.num_processes is not None and self.num_processes < 1:
-            raise InputError(f"num_processes must be at least 1, got {self.num_processes}")
+        if self.num_processes is not None and not 1 <= self.num_processes <= _MOST_PROCESSES:
+            raise InputError(f"num_processes must be in 1–{_MOST_PROCESSES:,}, got {self.num_processes}")
         if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
             raise InputError(f"process_id must be in 0–{(self.num_processes or 0) - 1}, got {self.process_id}")
-        if self.heartbeat_timeout < 1:
-            raise InputError(f"heartbeat_timeout must be at least 1, got {self.heartbeat_timeout}")
+        if not 1 <= self.heartbeat_timeout <= _LONGEST_SILENCE:
+            raise InputError(f"heartbeat_timeout must be in 1–{_LONGEST_SILENCE:,}, got {self.heartbeat_timeout}")

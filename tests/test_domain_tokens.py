@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import time
@@ -411,6 +412,7 @@ def test_llama_cpp_reads_the_same_tokens(models: Path, tmp_path: Path):
         (["--token", "x<|im_end|>y"], "added token x<|im_end|>y contains the special token <|im_end|>, which transf"),
         (["--token", "<0x4a>"], "added token <0x4a> is how a vocabulary of characters names a byte in other program"),
         (["--tokens", "{}/none.txt"], "{}/none.txt cannot be read (No such file or directory); give a file with one"),
+        (["--tokens", "{}/pipe"], "{}/pipe is a folder, pipe or device, not a file; put the file there, or remove it"),
         (["--tokens", "{}/latin.txt"], "{}/latin.txt is no UTF-8 text (byte 1); save it as UTF-8"),
     ],
 )
@@ -418,6 +420,7 @@ def test_tokens_that_cannot_be_added_are_refused(
     words: list[str], message: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "latin.txt").write_bytes(b"<\xe9>")
+    os.mkfifo(tmp_path / "pipe")
     words = [word.format(tmp_path) for word in words]
     assert cli.main(["tokenizer", "add", str(models / "gpt2"), str(tmp_path / "out"), *words]) == 2
     assert capsys.readouterr().err.startswith(f"jaxgpt: {message.format(tmp_path)}")

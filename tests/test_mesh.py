@@ -111,7 +111,16 @@ def test_one_device_is_no_mesh():
             {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2, "distributed": True},
             "process_id must be in 0–1, got 2",
         ),
-        ({"heartbeat_timeout": 0}, "heartbeat_timeout must be at least 1"),
+        (
+            {"coordinator_address": "a:٣٤٥٦", "num_processes": 2, "process_id": 0, "distributed": True},
+            "must be HOST:PORT, got 'a:٣٤٥٦'",
+        ),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2**31, "process_id": 0, "distributed": True},
+            "num_processes must be in 1–100,000, got 2147483648",
+        ),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout must be in 1–86,400, got 0"),
+        ({"heartbeat_timeout": 2**31}, "heartbeat_timeout must be in 1–86,400, got 2147483648"),
     ],
 )
 def test_processes_that_cannot_be_are_refused(values: dict[str, Any], message: str):

@@ -1,6 +1,7 @@
 """Flags, config files and help come from the fields of dataclasses, and nothing else is taken."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -211,3 +212,13 @@ def test_a_nul_in_a_config_file_is_refused(tmp_path: Path):
     file.write_text('out = "a\\u0000b"\n')
     with pytest.raises(InputError, match="out holds a NUL character"):
         options.parse(PretrainSettings, ["--config", str(file)], "jaxgpt pretrain")
+
+
+def test_what_is_not_utf_8_is_refused():
+    assert refusal("caf\udce9") == "'caf\\udce9' is not UTF-8; rename the file, or write the text in UTF-8"
+    assert "'--place=\\udcff' is not UTF-8" in refusal("--place=\udcff")
+
+
+def test_a_pipe_for_a_config_file_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    assert f"{tmp_path / 'pipe'} is a folder, pipe or device" in refusal("here", "--config", str(tmp_path / "pipe"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxgpt import regular_files
 from jaxgpt.errors import InputError, first
 from jaxgpt.settings import TokenizerAddSettings, TokenizerRepairSettings
 from jaxgpt.verbs.output import Output, printable
@@ -40,6 +41,7 @@ def add(settings: TokenizerAddSettings, output: Output) -> int:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
+    regular_files.is_there(path)  # a pipe, say, is refused, not waited for
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
