@@ -196,7 +196,7 @@ def test_a_damaged_plan_or_index_is_one_line_that_names_it(
     encode([source], out, tokenizer, shard_tokens=3000)
     index.write_bytes(damage.encode("latin-1"))
     text = refused([source], out, tokenizer, shard_tokens=3000)
-    assert text == f"{index} is not a JSON object; encode the text again"
+    assert text == f"{index} is not a JSON object; encode the text into a new folder"
 
 
 def test_a_pipe_in_place_of_the_plan_is_refused(source: Path, tokenizer: Tokenizer, tmp_path: Path):

@@ -83,7 +83,7 @@ def test_every_flipped_bit_fails_verify(folder: Path, name: str):
         changed = content.copy()
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
-        assert refused(folder, name.split("-")[0]) == f"{path} fails SHA-256; encode the text again"
+        assert refused(folder, name.split("-")[0]) == f"{path} fails SHA-256; encode the text into a new folder"
     path.write_bytes(content)
     TokenShards(folder).verify()
 
@@ -116,7 +116,10 @@ def test_an_index_that_cannot_be_trusted_is_refused(folder: Path, tmp_path: Path
     [
         ({"dtype": "x"}, "dtype 'x' and vocab_size"),
         ({"dtype": ["<u2"]}, "dtype ['<u2'] and vocab_size"),
-        ({"vocab_size": "300"}, "vocab_size '300', expected <u2 or <u4 and 1 to 320; encode the text again"),
+        (
+            {"vocab_size": "300"},
+            "vocab_size '300', expected <u2 or <u4 and 1 to 320; encode the text into a new folder",
+        ),
         ({"vocab_size": -1}, "vocab_size -1, expected"),
     ],
 )
@@ -155,7 +158,7 @@ def test_an_index_without_a_seal_is_believed_of_the_tokenizer_that_its_plan_name
     unsealed(folder)
     TokenShards(folder).verify()
     unsealed(folder, tokenizer=changed)
-    assert refused(folder) == f"{folder}/index.json fails SHA-256; encode the text again"
+    assert refused(folder) == f"{folder}/index.json fails SHA-256; encode the text into a new folder"
 
 
 @pytest.mark.parametrize("value", [None, -1, 1.5, "x", [], {}, True])
@@ -169,7 +172,10 @@ def test_a_part_of_the_index_of_another_type_is_refused(folder: Path, name: str,
 def test_shards_that_are_none_are_refused(folder: Path, shards: object):
     splits = read_index(folder)["splits"]
     unsealed(folder, splits=splits | {"train": splits["train"] | {"shards": shards}})
-    assert "index.json is damaged: a part of it is missing or of another type; encode the text again" in refused(folder)
+    assert (
+        "index.json is damaged: a part of it is missing or of another type; encode the text into a new folder"
+        in refused(folder)
+    )
 
 
 def test_a_split_without_tokens_is_refused(folder: Path):

@@ -359,6 +359,6 @@ def test_a_flipped_bit_in_a_shard_stops_the_run_and_names_the_file(data, tmp_pat
     damaged = bytearray(shard.read_bytes())
     damaged[100] ^= 1
     shard.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"train-00000.bin fails SHA-256; encode the text again"):
+    with pytest.raises(InputError, match=r"train-00000.bin fails SHA-256; encode the text into a new folder"):
         train.pretrain(settings(copied, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

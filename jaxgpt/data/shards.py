@@ -54,24 +54,27 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no {INDEX}; encode text into it with `jaxgpt data encode`")
     index = read_json(path)
     if index is None:
-        raise InputError(f"{path} is not a JSON object; encode the text again")
+        raise InputError(f"{path} is not a JSON object; encode the text into a new folder")
     if index.get("format") != FORMAT:
-        raise InputError(f"{path} is not an index of token shards; encode the text again")
+        raise InputError(f"{path} is not an index of token shards; encode the text into a new folder")
     if index.get("version") != VERSION:
         raise InputError(
-            f"{path} has version {index.get('version')}, this program reads {VERSION}; encode the text again"
+            f"{path} has version {index.get('version')}, this program reads {VERSION}; "
+            "encode the text into a new folder"
         )
     if not _has_shape(index, _SHAPE):
-        raise InputError(f"{path} is damaged: a part of it is missing or of another type; encode the text again")
+        raise InputError(
+            f"{path} is damaged: a part of it is missing or of another type; encode the text into a new folder"
+        )
     rows, size = index["model_vocab_size"], index.get("vocab_size")
     if index.get("dtype") not in DTYPES or type(size) is not int or not 1 <= size <= rows:
         raise InputError(
             f"{path} has dtype {index.get('dtype')!r} and vocab_size {size!r}, expected {' or '.join(DTYPES)} "
-            f"and 1 to {rows}; encode the text again"
+            f"and 1 to {rows}; encode the text into a new folder"
         )
     # Indexes of before they were sealed say it of the tokenizer alone.
     if not (is_sealed(index) if SEAL in index else sha256_of_json(index["tokenizer"]) == index["plan"]["tokenizer"]):
-        raise InputError(f"{path} fails SHA-256; encode the text again")
+        raise InputError(f"{path} fails SHA-256; encode the text into a new folder")
     return index
 
 
@@ -144,10 +147,10 @@ class TokenShards:
         if Path(name).name != name:
             raise InputError(f"{self.folder / INDEX} names {name}, outside its folder; refused")
         if not path.is_file():
-            raise InputError(f"{path} is missing; encode the text again")
+            raise InputError(f"{path} is missing; encode the text into a new folder")
         if path.stat().st_size != expected:
             raise InputError(
-                f"{path} has {path.stat().st_size} bytes, the index says {expected}; encode the text again"
+                f"{path} has {path.stat().st_size} bytes, the index says {expected}; encode the text into a new folder"
             )
 
     @property
@@ -174,7 +177,9 @@ class TokenShards:
             parts.append(np.fromfile(self.folder / file["starts"], START_DTYPE).astype(np.int64) + first)
         starts = np.concatenate(parts)
         if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= self.tokens:
-            raise InputError(f"{self.folder}: documents of {self.split} do not begin in order; encode the text again")
+            raise InputError(
+                f"{self.folder}: documents of {self.split} do not begin in order; encode the text into a new folder"
+            )
         return starts
 
     @cached_property
@@ -206,7 +211,7 @@ class TokenShards:
         at = int(np.argmax(part >= self.vocab_size))
         raise InputError(
             f"token {part[at]} outside vocabulary 0–{self.vocab_size - 1} "
-            f"({self.files[shard]['file']} offset {offset + at}); encode the text again"
+            f"({self.files[shard]['file']} offset {offset + at}); encode the text into a new folder"
         )
 
     def verify(self) -> None:
@@ -214,7 +219,7 @@ class TokenShards:
         for shard, file in enumerate(self.files):
             for name, expected in ((file["file"], file["sha256"]), (file["starts"], file["starts_sha256"])):
                 if sha256_of(self.folder / name) != expected:
-                    raise InputError(f"{self.folder / name} fails SHA-256; encode the text again")
+                    raise InputError(f"{self.folder / name} fails SHA-256; encode the text into a new folder")
             self._check_range(self._maps[shard], shard, 0)
 
     def tokenizer(self) -> Tokenizer:
