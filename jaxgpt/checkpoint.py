@@ -121,8 +121,7 @@ def save(
     """
     directory = Path(directory).absolute()
     _check(contents)
-    partial = directory / f".step-{step:08d}.partial"
-    final = directory / f"step-{step:08d}"
+    partial, final = directory / f".step-{step:08d}.partial", directory / f"step-{step:08d}"
     future: Future[Path] = Future()
     try:
         documents = step_folder.documents(step, contents, score)
@@ -145,8 +144,7 @@ def save(
             return
         # A step that cannot be deleted is no reason to doubt the one that was saved.
         with suppress(OSError):
-            if processes.first():
-                _thin(directory, step, keep)
+            _thin(directory, step, keep)
         future.set_result(final)
 
     try:
@@ -240,7 +238,9 @@ def _clean(directory: Path) -> None:
 
 
 def _thin(directory: Path, saved: int, keep: int) -> None:
-    """Delete all steps but the one just saved, the last `keep` and the best."""
+    """The first process deletes all steps but the one just saved, the last `keep` and the best."""
+    if not processes.first():
+        return
     found = step_folder.folders(directory)
     scores = {number: score for number, path in found.items() if (score := step_folder.score_of(path)) is not None}
     best = min(scores, key=lambda number: (scores[number], number), default=None)

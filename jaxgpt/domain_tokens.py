@@ -11,8 +11,9 @@ from jaxgpt.chat import Message, Template
 from jaxgpt.checkpoint import Checkpoint, Contents
 from jaxgpt.embedding_rows import grown
 from jaxgpt.errors import InputError
-from jaxgpt.formats.hf import refuse_existing
 from jaxgpt.jinja.template_import import CONVERSATIONS
+from jaxgpt.run_lock import filling
+from jaxgpt.step_folder import refuse_taken
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -43,7 +44,7 @@ def add(directory: str | Path, out: str | Path, texts: Sequence[str]) -> Additio
             token already, one that holds a special token, or one that stands in what the chat
             template writes.
     """
-    refuse_existing(Path(out))
+    refuse_taken(Path(out))
     if not texts:
         raise InputError("no token to add; give --token STR, or --tokens FILE with one a line")
     source = checkpoint.load(directory)
@@ -52,7 +53,8 @@ def add(directory: str | Path, out: str | Path, texts: Sequence[str]) -> Additio
     tokenizer = source.tokenizer.with_added(texts)
     ids = {text: tokenizer.added[text] for text in dict.fromkeys(texts)}
     refuse_changed_prompts(source.template, tokenizer, set(ids.values()))
-    checkpoint.save(out, source.step, _contents(source, source.tokenizer, tokenizer, ids)).result()
+    with filling(Path(out)):
+        checkpoint.save(out, source.step, _contents(source, source.tokenizer, tokenizer, ids)).result()
     return Addition(ids, source.config.vocab_size, tokenizer.model_vocab_size)
 
 

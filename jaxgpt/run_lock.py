@@ -1,11 +1,18 @@
 """One process at a time writes into a run folder."""
 
+import errno
 import fcntl
 import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from jaxgpt.errors import InputError
+from jaxgpt.step_folder import refuse_taken
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What some file systems of clusters answer, mounted without locks."""
 
 
 class RunLock:
@@ -46,4 +53,26 @@ class RunLock:
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(f"another run is writing into {self.folder}; wait for it, or give another --out") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
         self._descriptor = descriptor
+
+
+@contextmanager
+def filling(folder: Path) -> Generator[None]:
+    """The lock of a folder that one command fills; where nothing was saved in it, it goes again.
+
+    Raises:
+        InputError: another command is filling it, or something is in it.
+    """
+    with RunLock(folder) as lock:
+        lock.acquire()
+        refuse_taken(folder)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+            raise

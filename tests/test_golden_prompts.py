@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import conftest
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from jaxgpt.chat import CHATML
 from jaxgpt.checks.golden import golden_prompts_test
 from jaxgpt.checks.report import CheckLine
 from jaxgpt.errors import InputError
-from jaxgpt.formats import hf, importing
+from jaxgpt.formats import hf, importing, safetensors_file
 from jaxgpt.lm import LM
 from jaxgpt.step_folder import GOLDEN
 from jaxgpt.tokenizer import Tokenizer
@@ -347,6 +348,64 @@ def test_an_import_has_them_and_an_export_takes_them_along_unless_it_is_cast(pro
     assert values["compute_dtype"] == "bfloat16"
 
 
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a model that computes as it is stored; nobody changes it."""
+    folder = tmp_path_factory.mktemp("exported")
+    params = {name: array.astype(jnp.dtype(request.param)) for name, array in contents().params.items()}
+    checkpoint.save(folder / "run", 3, contents(params=params, compute_dtype=request.param)).result()
+    assert golden_prompts.add(folder / "run") is None
+    hf.export_hf(folder / "run", folder / "hf")
+    return folder / "hf"
+
+
+def permuted(folder: Path) -> None:
+    """The columns of one product, and a weights file that says nothing of it."""
+    tensors = {name: np.array(tensor) for name, tensor in hf.read(folder).tensors.items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    safetensors_file.write(folder / hf.WEIGHTS, tensors | {name: tensors[name][:, ::-1].copy()})
+
+
+def test_an_import_asks_an_export_whether_it_still_is_what_was_exported(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    changed, out = Path(shutil.copytree(exported, tmp_path / "changed")), tmp_path / "out"
+    notices = importing.import_model(exported, tmp_path / "same", verify=True)
+    assert [n for n in notices if "golden" in n] == []
+    permuted(changed)
+    assert cli.main(["import", str(changed), str(out), "--verify"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"jaxgpt: {changed} is no longer what was exported: the logits after ")
+    assert said.endswith("; if the change is meant, delete its golden.json\n")
+    assert not out.exists()
+    (changed / GOLDEN).write_text("{}")
+    with pytest.raises(InputError, match=r"is no longer what was exported: golden.json has version None; "):
+        importing.import_model(changed, out)
+    assert not out.exists()
+    (changed / GOLDEN).unlink()
+    importing.import_model(changed, out, verify=True)
+
+
+def test_where_an_export_is_not_asked_that_is_said(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    golden = exported / GOLDEN
+    dtype = json.loads(golden.read_text())["compute_dtype"]
+
+    def told(name: str, **asked: Any) -> list[str]:
+        return [n for n in importing.import_model(exported, tmp_path / name, **asked) if str(golden) in n]
+
+    another = f"{golden} was not asked: another dtype or setting makes another model"
+    assert told("cast", cast="float16") == [another]
+    assert told("set", overrides={"rope_theta": 5e5}) == [another]
+    assert told("unasked", golden=False) == [f"{golden} was not asked: no prompts were asked"]
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "ASKED_UP_TO", 1000)
+        assert told("large") == [f"{golden} was not asked: no prompts were asked"]
+    with monkeypatch.context() as patch:
+        read = golden_prompts.read
+        patch.setattr(golden_prompts, "read", lambda f: dataclasses.replace(read(f), compute_dtype="float16"))
+        assert told("computed") == [f"{golden} was not asked: made computing in float16, imported as {dtype}"]
+
+
 def test_an_export_of_a_step_without_them_asks_the_model_or_says_why_not(
     step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -380,8 +439,9 @@ def test_an_import_of_large_weights_leaves_them_out_and_says_how_to_add_them(pro
     monkeypatch.setattr(importing, "ASKED_UP_TO", 1000)
     notices = importing.import_model(tmp_path / "hf", tmp_path / "large")
     assert re.fullmatch(r"no golden prompts: asking .* KB of weights takes more memory .*add.* does it", notices[-1])
+    assert notices[-2].endswith("golden.json was not asked: no prompts were asked")
     assert not (step_folder.latest(tmp_path / "large") / GOLDEN).exists()
-    assert importing.import_model(tmp_path / "hf", tmp_path / "asked", golden=True) == notices[:-1]
+    assert importing.import_model(tmp_path / "hf", tmp_path / "asked", golden=True) == notices[:-2]
     assert judged(step_folder.latest(tmp_path / "asked"))[0] == "PASS"
 
 

@@ -6,8 +6,8 @@ config.json, a PyTorch training script leaves a `.pt` file.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from jaxgpt.formats import hf, pt_model
 from jaxgpt.formats.folder_links import refuse_links_outside
 from jaxgpt.formats.hf import HFModel
 from jaxgpt.formats.import_progress import Meter, Progress
+from jaxgpt.run_lock import filling
+from jaxgpt.step_folder import GOLDEN
 from jaxgpt.tokenizer import END_OF_TEXT, ROW_MULTIPLE, Tokenizer
 from jaxgpt.vocabularies.kinds import Gpt2Encoder
 
@@ -58,22 +60,28 @@ def import_model(
             written, hashed and, to verify, read from the source and from the checkpoint.
 
     Raises:
-        InputError: as `read`; OUT exists and is not empty; the disk is full; or a value differs.
+        InputError: as `read`; OUT exists and is not empty; the disk is full; a value differs; or an
+            export, which nothing asked here changes, answers its golden prompts otherwise than it did.
     """
-    hf.refuse_existing(Path(out))
+    source, out = Path(source), Path(out)
+    step_folder.refuse_taken(out)
     found = read(source, overrides or {})
     params = {name: _cast(array, cast) for name, array in found.params.items()}
     stages = (_WRITTEN, _HASHED, _SOURCE_READ, _READ_BACK) if verify else (_WRITTEN, _HASHED)
     size = sum(array.nbytes for array in params.values())
     meter = Meter(progress, size, stages)
-    _save(_contents(source, found, params, cast), Path(out), meter)
-    notices = found.notices
-    del found, params  # before the checkpoint is read: a cast model would be in memory twice
-    if verify:
-        notices.append(_verified(source, out, cast, overrides or {}, meter))
-    if golden or (golden is None and size <= ASKED_UP_TO):
-        notices += _proved(Path(out))
-    elif golden is None:
+    with filling(out):
+        _save(_contents(source, found, params, cast), out, meter)
+        notices = found.notices
+        del found, params  # before the checkpoint is read: a cast model would be in memory twice
+        if verify:
+            notices.append(_verified(source, out, cast, overrides or {}, meter))
+        if golden or (golden is None and size <= ASKED_UP_TO):
+            notices += _proved(source, out, changed=bool(cast or overrides))
+            return notices
+    if (source / GOLDEN).is_file():
+        notices.append(_unasked(source, "no prompts were asked"))
+    if golden is None:
         notices.append(
             f"no golden prompts: asking {in_bytes(size)} of weights takes more memory than an import; "
             f"`jaxgpt.golden_prompts.add({str(out)!r})` in Python does it"
@@ -81,11 +89,50 @@ def import_model(
     return notices
 
 
-def _proved(out: Path) -> list[str]:
-    from jaxgpt import golden_prompts  # JAX's compiler, which files alone do not need
+def _proved(source: Path, out: Path, *, changed: bool) -> list[str]:
+    """Ask the golden prompts of an export, then the checkpoint's own."""
+    from jaxgpt import device, golden_prompts  # JAX's compiler, which files alone do not need
 
-    notice = golden_prompts.add(out)
-    return [notice] if notice else []
+    device.keep_programs()
+    exported = _asked_again(source, out, changed=changed) if (source / GOLDEN).is_file() else None
+    return [notice for notice in (exported, golden_prompts.add(out)) if notice]
+
+
+def _asked_again(source: Path, out: Path, *, changed: bool) -> str | None:
+    """Whether an export still is what was exported; the line to print where nobody can say.
+
+    Raises:
+        InputError: it answers otherwise; nothing of the checkpoint is left.
+    """
+    from jax.errors import JaxRuntimeError
+
+    from jaxgpt import golden_prompts
+    from jaxgpt.checks.golden import golden_prompts_test
+    from jaxgpt.lm import LM
+
+    if changed:
+        return _unasked(source, "another dtype or setting makes another model")
+    loaded = checkpoint.load(out, mapped=True)
+    try:
+        made = golden_prompts.read(source)
+        if made and made.compute_dtype != loaded.compute_dtype:
+            return _unasked(source, f"made computing in {made.compute_dtype}, imported as {loaded.compute_dtype}")
+        line = golden_prompts_test(LM(loaded), source)
+        wrong = line.detail if line.status == "FAIL" else ""
+    except InputError as error:
+        wrong = str(error)
+    except (JaxRuntimeError, MemoryError) as error:
+        return _unasked(source, " ".join(str(error).split())[:200])
+    if wrong:
+        shutil.rmtree(loaded.path)
+        raise InputError(
+            f"{source} is no longer what was exported: {wrong}; if the change is meant, delete its {GOLDEN}"
+        )
+    return None
+
+
+def _unasked(source: Path, why: str) -> str:
+    return f"{source / GOLDEN} was not asked: {why}"
 
 
 def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarray], cast: Dtype | None) -> Contents:
@@ -110,12 +157,7 @@ def _contents(source: str | Path, found: HFModel, params: Mapping[str, np.ndarra
 def _save(contents: Contents, out: Path, meter: Meter) -> None:
     saving = checkpoint.save(out, 0, contents, hashed=partial(meter.add, _HASHED), copy=False)
     meter.watch(_WRITTEN, saving, out)
-    try:
-        saving.result()
-    except InputError:
-        with suppress(OSError):  # there is something else in it
-            out.rmdir()
-        raise
+    saving.result()
     meter.end(_WRITTEN)
     meter.end(_HASHED)
 
