@@ -110,19 +110,10 @@ def _no_bug(error: Exception, verb: str) -> str:
         return f"{error.filename}: {error.strerror}; check that it exists and may be used"
     if isinstance(error, OSError) and error.errno in UNWRITTEN:
         return f"writing failed: {error.strerror}; check the disk, and where standard output and error go"
-    if isinstance(error, FileNotFoundError) and not _folder_is_there():
-        return "the working directory is gone; change to another"
     variables = sorted(name for name in os.environ if name.startswith("JAX_"))
     if isinstance(error, ValueError) and variables and "jax" not in sys.modules and _raised_in(error, "jax"):
         return f"JAX cannot be imported: {error}; correct or unset {', '.join(variables)}"
     return ""
-
-
-def _folder_is_there() -> bool:
-    try:
-        return bool(os.getcwd())
-    except OSError:
-        return False
 
 
 def _raised_in(error: Exception, package: str) -> bool:
@@ -177,11 +168,22 @@ def _run(words: list[str]) -> int:
         print(options.usage(verb.settings, f"jaxgpt {verb.name}", verb.summary), end="")
         return 0
     parsed = options.parse(verb.settings, rest, f"jaxgpt {verb.name}")
+    _check_folder()
     module, _, function = verb.run.partition(":")
     from jaxgpt.verbs.output import Output
 
     with Output.opened(parsed.output, parsed.given) as output:
         return getattr(import_module(f"jaxgpt.verbs.{module}"), function)(parsed.settings, output)
+
+
+def _check_folder() -> None:
+    """Paths are made absolute, and go where only UTF-8 does."""
+    try:
+        os.getcwd().encode()
+    except FileNotFoundError:
+        raise InputError("the working directory is gone; change to another") from None
+    except UnicodeEncodeError:
+        raise InputError(f"the working directory {os.getcwd()!r} is not UTF-8; change to another") from None
 
 
 def _verb(words: list[str]) -> tuple[Verb, list[str]]:

@@ -226,6 +226,10 @@ look.inspect = lambda settings, output: output.result({}) or 0; sys.exit(cli.mai
         (f"{JAXGPT} chta 2>/dev/full", ""),
         (f"{JAXGPT} --help >&-", CLOSED.format("output")),
         (f"{JAXGPT} --help 2>&-", CLOSED.format("error")),
+        (
+            f"mkdir $'caf\\xe9'; cd caf*; {JAXGPT} inspect x 2>&1 | sed 's:/.*/::'; exit ${{PIPESTATUS[0]}}",
+            "jaxgpt: the working directory 'caf\\udce9' is not UTF-8; change to another\n",
+        ),
         (f"rmdir $PWD; {JAXGPT} inspect x", "jaxgpt: the working directory is gone; change to another\n"),
     ],
 )
