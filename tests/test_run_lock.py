@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+Fill = Callable[[Path, Path], None]
+
+
 def imported(run: Path, out: Path) -> None:
     importing.import_model(run.with_name("hf"), out, golden=False)
 
@@ -42,7 +46,9 @@ def added(run: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("fill", [imported, added])
-def test_a_folder_that_another_command_fills_is_refused_and_a_failed_ones_leftovers_are_not(run, tmp_path, fill):
+def test_a_folder_that_another_command_fills_is_refused_and_a_failed_ones_leftovers_are_not(
+    run: Path, tmp_path: Path, fill: Fill
+):
     out = tmp_path / "out"
     leftover = out / ".step-00000000.partial.orbax-checkpoint-tmp"
     with RunLock(out) as lock:
@@ -58,7 +64,9 @@ def test_a_folder_that_another_command_fills_is_refused_and_a_failed_ones_leftov
 
 
 @pytest.mark.parametrize("fill", [imported, added])
-def test_what_came_while_the_source_was_read_is_seen_under_the_lock(run, tmp_path, monkeypatch, fill):
+def test_what_came_while_the_source_was_read_is_seen_under_the_lock(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fill: Fill
+):
     out = tmp_path / "out"
     acquire = RunLock.acquire
 
