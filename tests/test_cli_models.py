@@ -150,7 +150,7 @@ def test_generate_refuses_what_outgrows_the_context(models: Path, capsys: pytest
     message = refusal(capsys, "generate", models / "base", "x" * 128)
     assert message == "prompt is 128 tokens; limit 128 including 1 to generate"
     assert refusal(capsys, "generate", models / "base", "--ids", "5,9999") == "token 9999 outside vocabulary 0–383"
-    assert "not valid Unicode at character 1 (U+D800)" in refusal(capsys, "generate", models / "base", "a\ud800")
+    assert "'a\\ud800' is not UTF-8" in refusal(capsys, "generate", models / "base", "a\ud800")
 
 
 def test_debug_names_the_stop_tokens(models: Path, capsys: pytest.CaptureFixture[str]):
