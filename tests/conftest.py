@@ -10,8 +10,9 @@ from importlib.metadata import version
 
 # A tenth of the time to import everything; on again once all is collected.
 gc.disable()
-# A shell that starts a job in the background has it ignore Ctrl-C, which tests are about.
+# A shell that starts a job in the background has it ignore Ctrl-C, and nohup SIGHUP, which tests are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one test process compiles, the others and the commands they start find: they inherit the folder.
