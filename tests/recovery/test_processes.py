@@ -1,5 +1,7 @@
 """Two processes that train one model: as one does, and when one of them is gone."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 from many_devices import HEARTBEAT, Processes, apart, trained
 
-from jaxgpt import checkpoint, cli, heartbeat
-from jaxgpt.step_folder import steps
+from jaxgpt import checkpoint, cli, heartbeat, manifest
+from jaxgpt.step_folder import GOLDEN, latest, steps
 
 NOISE = 5e-6
 """Relative, as of tests/test_mesh.py."""
@@ -26,8 +28,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def pretrain(data: Path, out: Path, steps: int = STEPS) -> list[str]:
+def pretrain(data: Path, out: Path, steps: int = STEPS, *, init_from: Path | None = None) -> list[str]:
     shape = ["--hidden-size", "32", "--num-attention-heads", "4", "--num-hidden-layers", "1"]
+    if init_from:
+        shape = ["--init-from", str(init_from)]
     run = ["--steps", str(steps), "--batch-size", "8", "--sequence-length", "16", "--warmup-steps", "2"]
     saves = ["--save-every", "4", "--keep", "9", "--eval-every", "0", "--epochs", "99"]
     return ["pretrain", "--data", str(data), "--out", str(out), *shape, *run, *saves]
@@ -104,6 +108,27 @@ def test_a_signal_to_one_process_ends_both_at_one_step_and_one_device_goes_on_fr
     assert steps(out)[-1] == last < STEPS
     assert cli.main(["pretrain", "--out", str(out), "--resume", "--fsdp", "1"]) == 0
     compare(out, alone)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_two_processes_refuse_a_model_that_does_not_answer_as_it_did(data: Path, tmp_path: Path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert cli.main(pretrain(data, base)) == 0
+    step = latest(base)
+    golden = json.loads((step / GOLDEN).read_text("utf-8"))
+    golden["prompts"][0]["places"][0]["sketch"][0] += 9.0
+    golden["prompts"][0]["sha256"] = "0" * 64  # or the same bits are proof enough
+    (step / GOLDEN).write_text(json.dumps(golden), "utf-8")
+    manifest.seal(step)
+    pair = Processes(out, [*pretrain(data, out, 4, init_from=base), "--accept-loss"])
+    assert pair.codes(within=120) == [0, 0], pair.words(0)[-2000:]
+    shutil.rmtree(out)
+    pair = Processes(out, pretrain(data, out, 4, init_from=base))
+    assert pair.codes(within=120) == [2, 2], pair.words(0)[-2000:]
+    for number in (0, 1):
+        assert f"{step} does not answer as its golden.json says: " in pair.words(number)
+    assert not out.exists()
 
 
 def test_a_process_that_nobody_told_which_it_is_is_refused(data: Path, tmp_path: Path):
