@@ -52,7 +52,9 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise InputError(f"another run is writing into {self.folder}; wait for it, or give another --out") from None
+            raise InputError(
+                f"another run is writing into {self.folder}; wait for it, or choose another folder"
+            ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(descriptor)

@@ -344,7 +344,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_first_goes_on(data
     out = tmp_path / "out"
     with RunLock(out) as lock:
         lock.acquire()
-        with pytest.raises(InputError, match=r"another run is writing into .*out; wait for it, or give another --out"):
+        with pytest.raises(InputError, match=r"writing into .*out; wait for it, or choose another folder"):
             train.pretrain(settings(data, out))
         assert not list(out.iterdir())
     assert train.pretrain(settings(data, out)).step == 8
