@@ -50,10 +50,23 @@ class StepReport(NamedTuple):
 
 def initial_state(params: Mapping[str, Any], settings: TrainSettings, layout: Layout = ALONE) -> TrainState:
     """State before the first step, in float32, where the layout has it."""
-    # A copy: the first step donates the state's buffers.
-    master = {name: jnp.array(array, jnp.float32) for name, array in layout.place(params).items()}
+    master, moments = _at_first(dict(layout.place(params)), layout)
     rng = jax.random.key_data(jax.random.key(settings.seed))
-    return layout.spread(TrainState(master, optimizer(settings).init(master), jnp.int32(0), rng))
+    return layout.spread(TrainState(master, moments, jnp.int32(0), rng))
+
+
+@partial(jax.jit, static_argnames="layout")
+def _at_first(params: Arrays, layout: Layout) -> tuple[dict[str, Array], Any]:
+    """Master weights and moments in one program; made one by one they are three for each shape of parameter."""
+    # A copy: the first step donates the state's buffers.
+    master = layout.at_rest({name: jnp.array(array, jnp.float32) for name, array in params.items()})
+    # Not the run's own settings: before the first step nothing depends on them.
+    moments = optimizer(TrainSettings()).init(master)
+    return master, jax.tree.map(partial(_at_rest, layout), moments, is_leaf=lambda node: isinstance(node, dict))
+
+
+def _at_rest(layout: Layout, node: Any) -> Any:
+    return layout.at_rest(node) if isinstance(node, dict) else node
 
 
 def stacked(batches: Sequence[Batch]) -> Mapping[str, Any]:
