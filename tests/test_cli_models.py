@@ -141,12 +141,15 @@ def test_generate_refuses_files_that_hold_no_question(
     assert message in refusal(capsys, "generate", models / "sft", "--messages", file)
 
 
-def test_generate_refuses_what_outgrows_the_context(models: Path, capsys: pytest.CaptureFixture[str]):
+def test_generate_refuses_what_outgrows_the_context(models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     message = refusal(capsys, "generate", models / "base", "x" * 100, "--max-new-tokens", 64)
     assert message == "prompt is 100 tokens; limit 128 including 64 to generate"
     # The tokens that nobody asked for are as many as there is room for.
     assert run("generate", models / "base", "x" * 100, "y", "--json") == 0
     assert all(len(json.loads(line)["ids"]) <= 28 for line in capsys.readouterr().out.splitlines())
+    (tmp_path / "long.toml").write_text("[generation]\nmax_new_tokens = 64\n")
+    message = refusal(capsys, "generate", models / "base", "x" * 100, "--config", tmp_path / "long.toml")
+    assert message == "prompt is 100 tokens; limit 128 including 64 to generate"
     message = refusal(capsys, "generate", models / "base", "x" * 128)
     assert message == "prompt is 128 tokens; limit 128 including 1 to generate"
     assert refusal(capsys, "generate", models / "base", "--ids", "5,9999") == "token 9999 outside vocabulary 0–383"

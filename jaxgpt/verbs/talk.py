@@ -22,7 +22,8 @@ def generate(settings: GenerateSettings, output: Output) -> int:
     chosen = settings.generation
     if settings.messages:
         _refuse_answered(prompts, settings.messages, lm)
-    if "--max-new-tokens" not in output.given:
+    # A --config may have said it as well, and is told of what does not fit.
+    if "--max-new-tokens" not in output.given and chosen.max_new_tokens == GenerationSettings.max_new_tokens:
         chosen = _within_context(lm, prompts, chosen)
     if len(prompts) == 1 and lm.tokenizer and not output.json:
         print_pieces(lm.stream(prompts[0], **_fields(chosen)), output)
