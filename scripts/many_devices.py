@@ -27,6 +27,8 @@ HEARTBEAT = 6
 class Processes:
     """Processes with the same command, four devices each; every one is told who it is, or finds it out."""
 
+    program: tuple[str, ...] = ("-m", "jaxgpt.cli")
+
     def __init__(self, out: Path, words: Sequence[str], *, count: int = 2, devices: int = 4, slurm: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,7 +37,7 @@ class Processes:
         self.told = [out.with_name(f"{out.name}-{number}.txt") for number in range(count)]
         self.running: list[subprocess.Popen[bytes]] = []
         for number, told in enumerate(self.told):
-            command = [sys.executable, "-m", "jaxgpt.cli", *words]
+            command = [sys.executable, *self.program, *words]
             environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
             if count > 1:
                 command += ["--distributed", "--heartbeat-timeout", str(HEARTBEAT)]

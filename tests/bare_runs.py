@@ -1,8 +1,10 @@
-"""Training runs without what only some tests are about."""
+"""Training runs without what only some tests are about; as a program, the jaxgpt command with such runs."""
+
+import sys
 
 import pytest
 
-from jaxgpt import golden_prompts, preflight, run_log
+from jaxgpt import cli, golden_prompts, preflight, run_log
 
 
 def bare(patch: pytest.MonkeyPatch) -> None:
@@ -13,3 +15,9 @@ def bare(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(preflight, "step_bytes", lambda *_: 1)
     patch.setattr(golden_prompts, "add", lambda _: None)
     patch.setattr(run_log, "picture", lambda _: None)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        bare(patch)
+        sys.exit(cli.main(sys.argv[1:]))

@@ -152,7 +152,7 @@ def test_a_prefill_off_by_one_is_found_in_the_prefill(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("computed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("computed", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_a_cache_that_is_wrong_only_at_the_edge_of_the_context_is_found(computed, monkeypatch: pytest.MonkeyPatch):
     original = model.cached_inputs
 

@@ -16,6 +16,9 @@ from jax._src import distributed
 from jaxgpt import heartbeat, processes
 from jaxgpt.heartbeat import Heartbeat
 
+SILENCE = 4
+"""Seconds; a busy machine may not get to a thread for one or two."""
+
 
 class Store:
     """What a process's client of JAX does, for all of them."""
@@ -55,7 +58,7 @@ class Run:
         self.store, self.said = Store(), {}
         self.coordinator = socket.create_server(("127.0.0.1", 0))
         monkeypatch.setattr(heartbeat, "_SLICE", 0.05)
-        monkeypatch.setattr(heartbeat, "_LONGER", 0.3)
+        monkeypatch.setattr(heartbeat, "_LONGER", 2)
         monkeypatch.setattr(heartbeat, "_hold_abort", lambda: None)
         monkeypatch.setattr(heartbeat, "_end", self.end)
         all_are_done = threading.Barrier(3, action=self.store.close)
@@ -67,7 +70,7 @@ class Run:
                 client=self.store, process_id=number, num_processes=3, coordinator_address=address
             )
             monkeypatch.setattr(distributed, "global_state", state)
-            self.joined.append(Heartbeat(1))
+            self.joined.append(Heartbeat(SILENCE))
 
     def end(self, said: str) -> None:
         number = next(n for n, one in enumerate(self.joined) if threading.current_thread() in one._threads)
@@ -82,7 +85,7 @@ class Run:
             thread.join()
 
     def all_said(self, count: int) -> dict[int, str]:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(self.said) < count and time.monotonic() < deadline:
             time.sleep(0.02)
         return self.said
@@ -100,7 +103,7 @@ def test_a_silent_process_is_named_by_all_the_others(run: Run):
     time.sleep(0.3)
     assert not run.said
     run.store.lost.add(2)
-    said = "process 2 did not answer for 1 s"
+    said = f"process 2 did not answer for {SILENCE} s"
     # The third one hears of itself: it may be the network that was silent.
     assert run.all_said(3) == dict.fromkeys(range(3), said)
 
@@ -108,7 +111,7 @@ def test_a_silent_process_is_named_by_all_the_others(run: Run):
 def test_a_silent_first_process_is_named_by_those_who_hear_it(run: Run):
     run.store.lost.add(0)
     said = run.all_said(3)
-    assert (said[1], said[2]) == ("process 0 did not answer for 1 s",) * 2
+    assert (said[1], said[2]) == (f"process 0 did not answer for {SILENCE} s",) * 2
 
 
 def test_a_first_process_that_is_not_there_any_more_is_found_out_at_once(run: Run):
@@ -116,12 +119,16 @@ def test_a_first_process_that_is_not_there_any_more_is_found_out_at_once(run: Ru
     run.store.lost.add(0)
     began = time.monotonic()
     assert run.all_said(2) == dict.fromkeys((1, 2), "process 0 has ended")
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < SILENCE
 
 
 def test_who_leaves_is_heard_of_no_more_and_its_threads_end(run: Run):
-    time.sleep(0.4)
-    beats = [int(key.split("/")[3]) for key in list(run.store.keys)]
+    deadline = time.monotonic() + 60
+    beats = [0]
+    # Between a beat and the removal of the one before, both are there.
+    while not 4 < min(beats) <= max(beats) <= min(beats) + 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        beats = [int(key.split("/")[3]) for key in list(run.store.keys)]
     assert 4 < min(beats) <= max(beats) <= min(beats) + 1, "what was heard is forgotten, and nobody runs ahead"
     run.leave()
     assert not any(thread.is_alive() for one in run.joined for thread in one._threads)

@@ -155,10 +155,11 @@ def test_every_verb_takes_an_imported_folder(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param(50304, id="GPT-2's vocabulary", marks=pytest.mark.exhaustive),
+        pytest.param(50304, id="GPT-2's vocabulary"),
         pytest.param(65, id="a vocabulary of its own"),
     ],
 )

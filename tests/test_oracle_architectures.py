@@ -171,23 +171,16 @@ MISTAKES: dict[str, tuple[str, str, str, Function, str]] = {
 }
 QUICK = ("q_norm skipped", "window one too wide", "yarn factor ignored")
 NARROW = ("heads normalised together", "window ignored", "yarn's attention factor ignored")
-"""Of each model one that `make test` has in bfloat16, all others in float32."""
+"""Of each model one that `make test` has in bfloat16, and one in float32."""
 
 
 def cases() -> list[Any]:
     quick = [pytest.param(name, "float32") for name in QUICK]
-    others = [(name, dtype) for name in MISTAKES for dtype in ("float32", "bfloat16")]
-    slow = [
-        pytest.param(
-            *case,
-            marks=[pytest.mark.slow]
-            if (case[0] in NARROW) == (case[1] == "bfloat16")
-            else [pytest.mark.slow, pytest.mark.exhaustive],
-        )
-        for case in others
-        if case[0] not in QUICK or case[1] != "float32"
-    ]
-    return quick + slow
+    narrow = [pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in NARROW]
+    every = [(name, dtype) for name in MISTAKES for dtype in ("float32", "bfloat16")]
+    chosen = [param.values for param in quick + narrow]
+    marks = [pytest.mark.slow, pytest.mark.exhaustive]
+    return quick + narrow + [pytest.param(*case, marks=marks) for case in every if case not in chosen]
 
 
 @pytest.mark.usefixtures("how")

@@ -178,14 +178,14 @@ FORWARDS: dict[str, tuple[str, Any, str]] = {
 }
 
 
-def cases_of(table: dict[str, Any], quick: int) -> list[Any]:
-    """The first are quick enough for every run, of the others every twelfth for `make test`."""
+def cases_of(table: dict[str, Any]) -> list[Any]:
+    """The first is for every run, of the others every twelfth for `make test`."""
     slow, exhaustive = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
-    marks = [[] if number < quick else exhaustive if number % 12 else slow for number in range(len(table))]
+    marks = [exhaustive if number % 12 else slow if number else [] for number in range(len(table))]
     return [pytest.param(name, id=name.replace(" ", "_"), marks=mark) for name, mark in zip(table, marks, strict=True)]
 
 
-@pytest.mark.parametrize("cause", cases_of(FORWARDS, 2))
+@pytest.mark.parametrize("cause", cases_of(FORWARDS))
 def test_what_an_op_was_computed_from_is_found_and_given_back(cases: Any, cause: str):
     family, forward, tap = FORWARDS[cause]
     found = cases(family).bisect("forward", forward_pass=forward)
@@ -284,7 +284,7 @@ STEPS: dict[str, tuple[str, Step, tuple[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("cause", cases_of(STEPS, 2))
+@pytest.mark.parametrize("cause", cases_of(STEPS))
 def test_a_wrong_step_is_named_and_proved_by_undoing_it(cases: Any, cause: str):
     family, step, place = STEPS[cause]
     found = cases(family).bisect("decode", step=step)
@@ -310,6 +310,7 @@ def test_a_step_that_shakes_its_logits_is_unknown(cases: Any):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mistake_that_forward_and_step_share_is_one_cause(cases: Any):
     case, (tap, wanted, read) = cases("gpt2"), ("layers.0.attn.v", "layers.0.attn_norm", "embed.sum")
     candidate = dataclasses.replace(

@@ -383,6 +383,7 @@ def test_a_step_that_accumulates_wrongly_is_named_at_the_step(gpt2: Case):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mistake_in_the_products_own_gradients_is_undone_in_its_steps_as_well(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import bare_runs
 import pytest
 from many_devices import HEARTBEAT, Processes, apart, trained
 
@@ -17,6 +18,12 @@ from jaxgpt.step_folder import GOLDEN, latest, steps
 NOISE = 5e-6
 """Relative, as of tests/test_mesh.py."""
 STEPS = 12
+
+
+class BareProcesses(Processes):
+    """Without golden prompts and estimates of memory, which take each process longer than the steps."""
+
+    program = (bare_runs.__file__,)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +74,16 @@ def ended(pair: Processes, victim: int, number: signal.Signals) -> str:
 def test_two_processes_train_as_one_does_and_go_on_after_one_fell_silent(data: Path, tmp_path: Path):
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert cli.main(pretrain(data, alone)) == 0
-    first = Processes(out, [*pretrain(data, out), "--fsdp", "4"])
+    first = BareProcesses(out, [*pretrain(data, out), "--fsdp", "2"], devices=2)
     first.after(5)
     # Stopped, not killed: its connections stay, and only the heartbeat can tell.
     told = ended(first, 1, signal.SIGSTOP)
     assert told == f"jaxgpt: process 1 did not answer for {HEARTBEAT} s {heartbeat.AGAIN}"
     assert "Terminating" not in first.words(0), "JAX's own end came first"
     # The mesh stays as it was; another one goes on from such a step in the test below.
-    again = Processes(out, ["pretrain", "--out", str(out), "--resume"], slurm=True)
+    again = BareProcesses(out, ["pretrain", "--out", str(out), "--resume"], devices=2, slurm=True)
     assert again.codes(within=240) == [0, 0], again.words(0)[-2000:] + again.words(1)[-2000:]
-    assert "data 2, fsdp 4" in again.words(0)
+    assert "data 2, fsdp 2" in again.words(0)
     assert "resuming at step" in again.words(0)
     assert "step" not in again.words(1), "the first process alone speaks"
     compare(out, alone)
@@ -87,7 +94,7 @@ def test_two_processes_train_as_one_does_and_go_on_after_one_fell_silent(data: P
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_whichever_of_two_processes_is_killed_the_other_ends_with_one_line(data: Path, tmp_path: Path, victim: int):
-    pair = Processes(tmp_path / "out", [*pretrain(data, tmp_path / "out", 999), "--fsdp", "4"])
+    pair = BareProcesses(tmp_path / "out", [*pretrain(data, tmp_path / "out", 999), "--fsdp", "4"])
     pair.after(5)
     told = ended(pair, victim, signal.SIGKILL)
     # A collective may fail first, and does not know which process is missing.
@@ -99,7 +106,7 @@ def test_whichever_of_two_processes_is_killed_the_other_ends_with_one_line(data:
 def test_a_signal_to_one_process_ends_both_at_one_step_and_one_device_goes_on_from_it(data: Path, tmp_path: Path):
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert cli.main(pretrain(data, alone)) == 0
-    pair = Processes(out, [*pretrain(data, out), "--fsdp", "8"])
+    pair = BareProcesses(out, [*pretrain(data, out), "--fsdp", "8"])
     pair.after(5)
     pair.running[1].send_signal(signal.SIGTERM)
     assert pair.codes(within=60) == [130, 130], pair.words(0)[-2000:]

@@ -333,7 +333,7 @@ def test_a_signal_while_a_step_is_saved_waits_for_it_and_saves_the_newest(
     goes_on_as(undisturbed, out)
 
 
-@pytest.mark.parametrize("step", [0, 4, 6])
+@pytest.mark.parametrize("step", [0, pytest.param(4, marks=pytest.mark.exhaustive), 6])
 def test_a_signal_in_a_validation_ends_the_run_at_once_and_resume_makes_up_for_it(
     data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ):
