@@ -28,6 +28,7 @@ class Processes:
     """Processes with the same command, four devices each; every one is told who it is, or finds it out."""
 
     program: tuple[str, ...] = ("-m", "jaxgpt.cli")
+    """What Python is told to run; tests have another."""
 
     def __init__(self, out: Path, words: Sequence[str], *, count: int = 2, devices: int = 4, slurm: bool = False):
         with socket.socket() as free:
