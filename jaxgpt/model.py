@@ -213,3 +213,14 @@ def forward_cached(
 def cast(params: Mapping[str, Any], dtype: Any) -> dict[str, Array]:
     """Every parameter in another dtype: the compute dtype of the ops that read it."""
     return {name: jnp.asarray(array, dtype) for name, array in params.items()}
+
+
+def turned(params: Params) -> Params:
+    """Every projection's `kernel` (in, out) as a `weight` (out, in): copies, which `ops.projection` takes as well.
+
+    For several rows XLA's CPU (YNNPACK) multiplies weight @ rows.T up to twice as fast as rows @ kernel.
+    """
+    names = {name: name.removesuffix("kernel") + "weight" for name in params if name.endswith(".kernel")}
+    copies = {names.get(name, name): array.T if name in names else array for name, array in params.items()}
+    # Or XLA would take each transposition to where its result is read.
+    return jax.lax.optimization_barrier(copies)

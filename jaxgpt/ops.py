@@ -110,9 +110,16 @@ def norm(config: ModelConfig, p: Leaves, x: Float[Array, "*B D"]) -> Float[Array
 
 
 def projection(config: ModelConfig, p: Leaves, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-    """x @ kernel + bias; the kernel is (in, out)."""
-    y = x @ p["kernel"]
+    """x @ kernel + bias; the kernel is (in, out), or a `weight` that is (out, in), see `model.turned`."""
+    y = x @ p["kernel"] if "kernel" in p else _by_weight(p["weight"], x)
     return y + p["bias"] if "bias" in p else y
+
+
+def _by_weight(weight: Float[Array, "O I"], x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    rows = x.reshape(-1, x.shape[-1])
+    product = jax.lax.dot_general(weight, rows, (((1,), (1,)), ((), ())))  # (O, B·T)
+    # Left to itself XLA makes rows @ weight.T of it, which is no faster than rows @ kernel.
+    return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
 
 
 def head(config: ModelConfig, p: Leaves, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -88,12 +88,35 @@ def test_greedy_tokens_are_those_of_a_forward_without_a_cache_up_to_the_edge_of_
 
 def test_a_batch_of_ragged_rows_generates_what_each_row_does_alone():
     made = generator()
-    rows = [Row(prompt(n, seed=n), budget, 7) for n, budget in ((17, 30), (30, 9), (20, 1), (60, 15))]
+    sizes = ((17, 30), (30, 9), (20, 1), (60, 15), (18, 4), (31, 3), (22, 2), (59, 6))
+    rows = [Row(prompt(n, seed=n), budget, 7) for n, budget in sizes]
+    assert len(rows) == generate.WIDE, "so many that their kernels are turned"
     for settings in (GREEDY, SAMPLED):
         together = run(made, rows, settings)
         assert [len(ids) for ids in together] == [row.max_new_tokens for row in rows]
         for row, ids in zip(rows, together, strict=True):
             assert run(made, [row], settings) == [ids]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "turns"),
+    [(generate.WIDE, "float32", True), (generate.WIDE // 2, "float32", False), (generate.WIDE, "bfloat16", False)],
+)
+def test_many_rows_in_float32_read_turned_kernels(rows: int, dtype: str, turns: bool, monkeypatch: pytest.MonkeyPatch):
+    seen: list[set[str]] = []
+
+    def spy(config: ModelConfig, params: model.Params, *rest: Any) -> Any:
+        seen.append({name.rpartition(".")[2] for name in params})
+        raise InterruptedError
+
+    monkeypatch.setattr(model, "forward_cached", spy)
+    # A config that no other test has decoded with: what is traced already is not traced again.
+    made = generator(dataclasses.replace(QWEN2, initializer_range=0.5 + rows / 64), dtype=dtype)
+    talk = conversation(made, rows)
+    talk.logits = jnp.zeros((rows, made.config.vocab_size))
+    with pytest.raises(InterruptedError):
+        list(talk.generate([1] * rows))
+    assert seen == [{"weight", "bias"} if turns else {"weight", "bias", "kernel"}]
 
 
 def test_the_order_of_a_batch_does_not_matter_and_seeds_make_rows_differ():

@@ -173,6 +173,18 @@ def test_the_module_computes_what_the_flat_parameters_do(config: ModelConfig):
     assert jnp.array_equal(called, logits(config, module.params(), ids))
 
 
+@some("gpt2", "llama", "qwen3-yarn")
+def test_turned_kernels_compute_the_same(config: ModelConfig):
+    params, ids = conftest.random_params(config), conftest.random_ids(config, 3, 7)
+    turned = model.turned(params)
+    kernels = {name for name in params if name.endswith(".kernel")}
+    assert {name for name in params if name not in turned} == kernels
+    for name in kernels:
+        assert jnp.array_equal(turned[name.removesuffix("kernel") + "weight"], params[name].T)
+    expected = logits(config, params, ids)
+    assert jnp.abs(logits(config, turned, ids) - expected).max() <= conftest.rounding(np.asarray(expected))
+
+
 def test_taps_come_in_the_order_of_the_table_and_none_is_missing(config: ModelConfig):
     def run(params: model.Params, ids: jax.Array) -> jax.Array:
         output = model.forward(config, params, ids)
