@@ -1,7 +1,9 @@
 """Import and export against copying the weights' bytes and hashing them once, alternating in one run.
 
 A random bfloat16 model; the median ratio of paired runs is the figure to quote,
-because a shared machine's speed drifts. Peak memory is that of an export to GGUF in a
+because a shared machine's speed drifts. Imports and exports move files: the golden prompts
+are asked once, as at the end of a run, and how long that takes is printed by itself, for a
+CPU computes bfloat16 slowly. Peak memory is that of an export to GGUF in a
 process of its own. Prints one JSON line last.
 
     python scripts/bench_convert.py                         # 124 M parameters
@@ -24,7 +26,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxgpt import weights
+from jaxgpt import golden_prompts, weights
 from jaxgpt.checkpoint import Checkpoint
 from jaxgpt.formats import gguf_export, hf, importing
 from jaxgpt.presets import PRESETS
@@ -88,7 +90,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-convert-") as name:
         folder, source, made = Path(name), Path(name) / "hf", Path(name) / "checkpoint"
         size = a_folder(arguments.preset, source)
-        importing.import_model(source, made)
+        importing.import_model(source, made, golden=False)
+        begin = time.perf_counter()
+        golden_prompts.add(made)
+        asking = time.perf_counter() - begin
+        print(f"asking the golden prompts {asking:.2f} s")
         works: dict[str, Callable[[Path], object]] = {
             "copy_and_hash": lambda out: copy_and_hash(source, out),
             "import": lambda out: importing.import_model(source, out, golden=False),
@@ -108,6 +114,7 @@ def main() -> None:
         "bytes": size,
         "rounds": arguments.rounds,
         "copy_and_hash_s": statistics.median(base),
+        "golden_prompts_s": asking,
         **{f"{name}_ratio": ratio for name, ratio in ratios.items() if name != "copy_and_hash"},
         "gguf_peak_bytes": peak,
         "gguf_peak_per_byte": peak and peak / size,
