@@ -29,9 +29,9 @@ PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
 help:
 	@echo "make demo         train, fine-tune, check and compare a small model from nothing (about 4 minutes)"
-	@echo "make test         the test suite (about ten minutes on two cores of its own)"
+	@echo "make test         the test suite (six to seven minutes on two cores of its own)"
 	@echo "make test-all     and every planted mistake in every family and dtype"
-	@echo "make test-quick   without the slow tests (at most 3 minutes)"
+	@echo "make test-quick   what a change breaks first (under 3 minutes)"
 	@echo "make equivalence  JAX against PyTorch: every family, shape and dtype, and planted faults; build/equivalence"
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff rewrite what it can"

@@ -18,7 +18,7 @@ import time
 import jax
 
 PYTHON = sys.executable
-QUICK = [PYTHON, "-m", "pytest", "-q", "-x", "-m", "not slow", "tests/test_model.py", "tests/test_generate.py"]
+QUICK = [PYTHON, "-m", "pytest", "-q", "-x", "-m", "not slow and not exhaustive", "tests/test_model.py", "tests/test_generate.py"]
 EQUIVALENCE = [PYTHON, "-m", "oracle", "equivalence", "--out", "build/equivalence"]
 DECODE = [PYTHON, "scripts/bench_decode.py", "--device", "gpu", "--dtype", "bfloat16"]
 TRAIN = [PYTHON, "scripts/bench_train.py", "--device", "gpu", "--dtype", "bfloat16"]

@@ -26,6 +26,8 @@ from jaxgpt.data.batches import EpisodeRows
 from jaxgpt.lm import LM
 from jaxgpt.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = Tokenizer.create("char", template=CHATML, corpus=["Say OK. Repeat: What is 5+7 Upper case: moon List"])
 CONFIGS = {"gpt2": conftest.GPT2, "llama": conftest.LLAMA}
 fresh = itertools.count(1)
@@ -70,7 +72,6 @@ def failed(line: CheckLine, *words: str) -> CheckLine:
 # -- Clean models ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
@@ -151,7 +152,6 @@ def test_a_prefill_off_by_one_is_found_in_the_prefill(monkeypatch: pytest.Monkey
     failed(kv_cache_parity_steps_test(lm), "cached generation at step 0", "prefill is wrong")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("computed", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_a_cache_that_is_wrong_only_at_the_edge_of_the_context_is_found(computed, monkeypatch: pytest.MonkeyPatch):
     original = model.cached_inputs

@@ -27,6 +27,8 @@ from jaxgpt.settings import ModelSettings, PretrainSettings, SFTSettings, TrainS
 from jaxgpt.step_folder import GOLDEN
 from jaxgpt.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelSettings(preset="llama-tiny", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
 TRAIN = TrainSettings(
     steps=120,

@@ -472,6 +472,7 @@ def test_the_cache_is_updated_in_place():
     assert all(buffer.is_deleted() for buffer in buffers)
 
 
+@pytest.mark.slow
 def test_after_warm_up_50_ragged_generations_and_50_turns_compile_nothing_and_an_unwarmed_size_does():
     # No other test's programs; one layer, since 28 are compiled.
     config = dataclasses.replace(GPT2, max_position_embeddings=128, vocab_size=97, num_hidden_layers=1)

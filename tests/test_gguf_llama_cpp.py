@@ -28,6 +28,8 @@ from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.vocabularies import split_rules
 from jaxgpt.weights import GGUFTensor
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 WIDE: dict[str, ModelConfig] = {
     "llama-of-blocks": dataclasses.replace(LLAMA, hidden_size=96, head_dim=16, intermediate_size=160),

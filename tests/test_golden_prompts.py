@@ -30,6 +30,8 @@ from jaxgpt.lm import LM
 from jaxgpt.step_folder import GOLDEN
 from jaxgpt.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = Tokenizer.create("char", template=CHATML, corpus=["Once upon a time: def f(x) user assistant Hi"])
 CONFIG = dataclasses.replace(conftest.LLAMA, vocab_size=TOKENIZER.model_vocab_size, num_hidden_layers=1)
 

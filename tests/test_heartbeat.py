@@ -16,6 +16,8 @@ from jax._src import distributed
 from jaxgpt import heartbeat, processes
 from jaxgpt.heartbeat import Heartbeat
 
+pytestmark = pytest.mark.slow
+
 SILENCE = 4
 """Seconds; a busy machine may not get to a thread for one or two."""
 

@@ -22,6 +22,8 @@ from test_hf_format import a_checkpoint, a_folder
 from jaxgpt import cli
 from jaxgpt.formats import hf
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 5.0
 OURS = tuple(map(str, {Path(cli.__file__).parents[1], *map(Path, (sys.prefix, sys.base_prefix))}))
 SYSTEM = ("/proc/", "/dev/", "/sys/", "/usr/")

@@ -15,6 +15,8 @@ from jaxgpt.data.encode import encode
 from jaxgpt.settings import SFTSettings, TrainSettings
 from jaxgpt.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 PRETRAIN = "pretrain --data data --out out --steps 2 --sequence-length 32 --batch-size 2"
 SFT = "sft --model base --data chats.jsonl --out out --steps 2 --sequence-length 64 --batch-size 2"
 ENCODE = "data encode text.jsonl --out out --tokenizer char"

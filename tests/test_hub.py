@@ -33,7 +33,7 @@ from jaxgpt.run_lock import RunLock
 from jaxgpt.tokenizer import Tokenizer
 
 # The package sends the bytes of an upload in a way that its HTTP client calls old.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = np.random.default_rng(0).bytes(1_500_000)
 HF = {

@@ -18,6 +18,8 @@ from jaxgpt.errors import InputError
 from jaxgpt.jinja import process
 from jaxgpt.jinja.process import Failure, Rendering, one_line, render
 
+pytestmark = pytest.mark.slow
+
 ASKED = [Rendering([{"role": "user", "content": "hi"}])]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -168,7 +170,6 @@ def test_the_same_process_serves_many_requests():
 
 
 @LINUX
-@pytest.mark.slow
 @pytest.mark.parametrize("requests", [2_000, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 def test_memory_does_not_grow_over_thousands_of_requests(requests: int):
     process, before = child(), 0

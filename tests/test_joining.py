@@ -18,6 +18,8 @@ from jaxgpt import heartbeat, processes
 from jaxgpt.errors import InputError
 from jaxgpt.parallel_settings import ProcessSettings
 
+pytestmark = pytest.mark.slow
+
 
 def test_who_waits_for_the_first_process_is_told_and_then_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -21,6 +21,8 @@ from oracle.reference import Reference
 from oracle.results import Report
 from oracle.rungs import operators
 
+pytestmark = pytest.mark.slow
+
 SEED = 83
 MODELS = {
     name: models.MODELS[name] | {"num_hidden_layers": 2, "max_position_embeddings": 40}
@@ -60,7 +62,6 @@ def bisected(comparison: Comparison, *rungs: str, **changes: Any) -> Report:
 
 
 @pytest.mark.exhaustive  # `make equivalence` has them all
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_true_model_passes_every_rung(made: Callable[..., Comparison], name: str, dtype: str):
@@ -176,11 +177,10 @@ NARROW = ("heads normalised together", "window ignored", "yarn's attention facto
 
 def cases() -> list[Any]:
     quick = [pytest.param(name, "float32") for name in QUICK]
-    narrow = [pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in NARROW]
+    narrow = [pytest.param(name, "bfloat16") for name in NARROW]
     every = [(name, dtype) for name in MISTAKES for dtype in ("float32", "bfloat16")]
     chosen = [param.values for param in quick + narrow]
-    marks = [pytest.mark.slow, pytest.mark.exhaustive]
-    return quick + narrow + [pytest.param(*case, marks=marks) for case in every if case not in chosen]
+    return quick + narrow + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in every if case not in chosen]
 
 
 @pytest.mark.usefixtures("how")
@@ -203,7 +203,7 @@ def test_a_mistake_is_found_where_it_is_named_and_proved(made: Callable[..., Com
     [
         pytest.param(WINDOW, {"sliding_window": 14}, marks=pytest.mark.exhaustive),
         (WINDOW, {"sliding_window": None}),
-        pytest.param(YARN, {"rope_scaling": None}, marks=pytest.mark.slow),
+        (YARN, {"rope_scaling": None}),
     ],
 )
 def test_a_config_read_wrongly_is_named_by_its_field(made: Callable[..., Comparison], model: str, fields: Any):
@@ -232,7 +232,6 @@ def test_a_window_that_no_sequence_reaches_is_compared_at_its_end(made: Callable
 # -- Wiring and cached steps -----------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_rotation_of_heads_before_their_norm_is_named(
     made: Callable[..., Comparison], monkeypatch: pytest.MonkeyPatch
 ):
@@ -260,7 +259,6 @@ def forgetful(candidate: Candidate) -> Candidate:
     return dataclasses.replace(candidate, step=step)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_cached_steps_without_the_window_are_named(made: Callable[..., Comparison]):
     comparison = made(WINDOW, num_hidden_layers=1)

@@ -34,6 +34,8 @@ from oracle.reference import Reference
 from oracle.results import Finding, Report, RungResult
 from oracle.rungs import environment, forward, operators
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "gpt2": models.MODELS["gpt2"] | {"n_layer": 1, "n_positions": 20},
     "llama": models.MODELS["llama"] | {"num_hidden_layers": 1, "max_position_embeddings": 20},
@@ -147,7 +149,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.write(SMALL["gpt2"], tmp_path_factory.mktemp("small"), "float32", SEED)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_rungs_that_are_calibrated_are_those_that_ask_for_limits(folder: Path):
     listening = _Listening()
@@ -265,7 +266,6 @@ def test_the_oracles_own_limits_never_come_from_a_quick_plan(capsys: pytest.Capt
     assert capsys.readouterr().err.startswith("oracle: --quick needs --out FILE")
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_two_processes_do_every_task_and_a_failure_is_raised_here():
     # A function of a small module: each process imports the one it is sent.
@@ -287,7 +287,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_processes_end_with_the_one_that_was_killed(tmp_path: Path):
     script, files = tmp_path / "orphaned.py", [tmp_path / name for name in ("one", "two")]
@@ -485,7 +484,7 @@ def scaled(function: str, share: float) -> Callable[..., Any]:
     ("family", "dtype"),
     [
         ("gpt2", "float32"),
-        pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+        ("llama", "bfloat16"),
         pytest.param("llama", "float32", marks=pytest.mark.exhaustive),
         pytest.param("gpt2", "bfloat16", marks=pytest.mark.exhaustive),
     ],

@@ -23,6 +23,8 @@ from oracle.results import Cause, Finding, Report, RungResult
 from oracle.rungs import optimizer
 from oracle.verbs import faults as verb
 
+pytestmark = pytest.mark.slow
+
 DESIGNED = (
     *("kernel transposed", "qkv packing order", "query, key and value swapped", "GQA repeat against tile"),
     *("layers in lexicographic order", "bf16 bits read as fp16", "tensor left at its random init"),
@@ -140,7 +142,6 @@ NOBODYS = (
 """Of the faults that nobody repairs, in the same model."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", NOBODYS)
 def test_faults_that_nobody_repairs_are_located_exactly(fault: str):
     mutant = mutants.of(("held out", (fault,), "gpt2", "float32"))
@@ -149,7 +150,6 @@ def test_faults_that_nobody_repairs_are_located_exactly(fault: str):
 
 
 # Every twelfth: each costs two compilations of the decode loop. The first is planted in test_oracle_ladder.py as well.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -184,7 +184,6 @@ def test_equivalent_mutants_change_no_bit_of_the_logits():
     assert not np.array_equal(np.asarray(changed), right)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_optimizer_written_out_without_a_mistake_is_the_products():
     true = trial.subject("gpt2", "float32")

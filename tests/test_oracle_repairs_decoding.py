@@ -20,6 +20,8 @@ from oracle.comparison import Comparison
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Report
 
+pytestmark = pytest.mark.slow
+
 SHORT = 24
 FAMILIES = {
     "gpt2": models.MODELS["gpt2"] | {"n_layer": 2, "n_positions": SHORT},
@@ -179,9 +181,8 @@ FORWARDS: dict[str, tuple[str, Any, str]] = {
 
 
 def cases_of(table: dict[str, Any]) -> list[Any]:
-    """The first is for every run, of the others every twelfth for `make test`."""
-    slow, exhaustive = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
-    marks = [exhaustive if number % 12 else slow if number else [] for number in range(len(table))]
+    """Every twelfth is in `make test`."""
+    marks = [[pytest.mark.exhaustive] if number % 12 else [] for number in range(len(table))]
     return [pytest.param(name, id=name.replace(" ", "_"), marks=mark) for name, mark in zip(table, marks, strict=True)]
 
 
@@ -297,7 +298,6 @@ def test_a_wrong_step_is_named_and_proved_by_undoing_it(cases: Any, cause: str):
     assert found.repaired.verdict == "pass"
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_step_that_shakes_its_logits_is_unknown(cases: Any):
     def step(c: Any, p: Any, ids: Any, counts: Any, cache: KVCache, **rest: Any) -> Any:
@@ -309,7 +309,6 @@ def test_a_step_that_shakes_its_logits_is_unknown(cases: Any):
     assert found.causes[0].tap == "logits"
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_mistake_that_forward_and_step_share_is_one_cause(cases: Any):
     case, (tap, wanted, read) = cases("gpt2"), ("layers.0.attn.v", "layers.0.attn_norm", "embed.sum")
@@ -326,7 +325,6 @@ def test_a_mistake_that_forward_and_step_share_is_one_cause(cases: Any):
     assert found.repaired.verdict == "pass"
 
 
-@pytest.mark.slow
 def test_a_mistake_of_the_step_alone_is_another_than_the_forwards(cases: Any):
     case = cases("gpt2")
     candidate = dataclasses.replace(
@@ -342,7 +340,6 @@ def test_a_mistake_of_the_step_alone_is_another_than_the_forwards(cases: Any):
     ]
 
 
-@pytest.mark.slow
 def test_two_faults_of_a_step_are_both_named(cases: Any):
     narrow = rounded(jnp.float16)
 

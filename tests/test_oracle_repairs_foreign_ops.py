@@ -19,6 +19,8 @@ from oracle.comparison import Comparison
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Report
 
+pytestmark = pytest.mark.slow
+
 SHORT = 24
 _LLAMA = {"num_hidden_layers": 2, "max_position_embeddings": SHORT}
 FAMILIES = {

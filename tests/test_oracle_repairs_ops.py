@@ -17,6 +17,8 @@ from oracle.comparison import Comparison
 from oracle.reference import Reference
 from oracle.results import UNKNOWN, Report
 
+pytestmark = pytest.mark.slow
+
 SHORT = 24
 """Positions: the faults need no more."""
 FAMILIES = {
@@ -157,7 +159,7 @@ def windowed(c: Any, p: Any, slots: Any, keys: Any, *segments: Any) -> Any:
 Fault = tuple[str, str, Function, str]
 """Family, where it is planted, the wrong op, the cause that must be named."""
 Q, K, NORM, MASKED = "layers.0.attn.q_rope", "layers.0.attn.k_rope", "layers.1.mlp_norm", "layers.1.attn.masked"
-QUICK: tuple[Fault, ...] = (
+FIRST: tuple[Fault, ...] = (
     ("gpt2", NORM, norm(1e-3), "norm eps wrong"),
     ("gpt2", NORM, narrow_norm, "computed in bfloat16"),
     ("gpt2", "mask", lambda c, p, s, k, *g: true.attention_mask(c, p, s + 1, k, *g), "causal mask off by one"),
@@ -181,7 +183,7 @@ QUICK: tuple[Fault, ...] = (
     ),
     ("llama", "layers.0.mlp_residual", summed(1, 0), "residual branch dropped"),
 )
-SLOW: tuple[Fault, ...] = (
+FURTHER: tuple[Fault, ...] = (
     ("llama", "layers.1.mlp.act", lambda c, p, g, u: true.gated_activation(c, p, u, g), "gate and up swapped"),
     ("gpt2", "layers.1.attn.out", lambda c, p, x: x @ p["kernel"].T + p["bias"], "kernel transposed"),
     ("gpt2", NORM, norm(freedom=1), "variance divided by D - 1 in the norm"),
@@ -323,10 +325,9 @@ def parameters() -> list[Any]:
     """Each cause and each family is in `make test`; another plant of one that is there already is exhaustive."""
     cases: list[Any] = []
     seen: set[str] = set()
-    for fault in QUICK + SLOW:
+    for fault in FIRST + FURTHER:
         family, _, _, cause = fault
-        marks = [pytest.mark.slow] if fault in SLOW else []
-        marks += [pytest.mark.exhaustive] if {family, cause} <= seen and fault in SLOW else []
+        marks = [pytest.mark.exhaustive] if {family, cause} <= seen and fault in FURTHER else []
         cases.append(pytest.param(*fault, id=called(fault), marks=marks))
         seen |= {family, cause}
     return cases
@@ -349,7 +350,6 @@ def test_a_wrong_op_is_named_and_proved_by_undoing_it(
         assert found.repaired.verdict == "pass"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tap", "function", "cause"),
     [
@@ -392,9 +392,7 @@ ODD: dict[str, tuple[str, Function]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "odd", [*list(ODD)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(ODD)[2:])]
-)
+@pytest.mark.parametrize("odd", ODD)
 def test_a_fault_that_no_repair_undoes_is_located_and_stays_unknown(cases: Any, odd: str):
     tap, function = ODD[odd]
     found = cases("gpt2").bisect({tap: function})
@@ -415,7 +413,6 @@ def test_two_faults_at_once_are_both_named_in_order(cases: Any):
     assert all(cause.proved for cause in found.causes)
 
 
-@pytest.mark.slow
 def test_two_faults_of_one_kind_of_op_are_told_apart(cases: Any):
     ripple = ODD["a ripple on the norm"][1]
     found = cases("gpt2").bisect({"layers.0.attn_norm": ripple, "layers.1.mlp_norm": norm(1e-3)})

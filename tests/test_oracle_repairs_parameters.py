@@ -42,6 +42,8 @@ from oracle.repairs.weights import parameters
 from oracle.results import UNKNOWN, Cause, Finding
 from oracle.rungs.bits import ParameterSite
 
+pytestmark = pytest.mark.slow
+
 SEED = 977
 """Of the weights; no other test has it."""
 
@@ -439,8 +441,8 @@ def test_wrong_weights_are_named_by_what_they_compute(model: Callable[..., Model
     ("field", "value", "tap"),
     [
         ("rope_theta", 500.0, "rope.angles"),
-        pytest.param("rms_norm_eps", 1e-3, "layers.0.attn_norm", marks=pytest.mark.slow),
-        pytest.param("rope_scaling", None, "rope.angles", marks=pytest.mark.slow),
+        ("rms_norm_eps", 1e-3, "layers.0.attn_norm"),
+        ("rope_scaling", None, "rope.angles"),
     ],
 )
 def test_a_config_field_that_differs_from_the_folders_is_named(

@@ -16,6 +16,8 @@ from oracle.comparison import Comparison
 from oracle.reference import Reference
 from oracle.results import Report
 
+pytestmark = pytest.mark.slow
+
 SEED = 97
 FAMILIES = {
     "gpt2": models.MODELS["gpt2"] | {"n_layer": 2, "n_positions": 70},

@@ -21,6 +21,8 @@ from oracle.reference import Reference
 from oracle.rungs import ids
 from oracle.text import Text
 
+pytestmark = pytest.mark.slow
+
 NO_MODEL = cast(Reference, None)
 """The rung looks at no model."""
 CORPUS = "The quick brown fox jumps over the lazy dog. 0123456789\n"

@@ -17,6 +17,8 @@ from oracle.candidate import Candidate
 from oracle.rungs import gradients, loss, optimizer
 from oracle.training_site import trained
 
+pytestmark = pytest.mark.slow
+
 Plant = Callable[[Candidate], Candidate]
 MODELS = [("gpt2", "float32")]
 HEAVY = [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("llama", "float32")]
@@ -355,7 +357,6 @@ def stepping(
     return lambda candidate: trained(candidate, step=step)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("in_step", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 @pytest.mark.exhaustive
 def test_sums_in_bfloat16_are_one_cause_whether_the_step_has_them_or_not(

@@ -15,6 +15,8 @@ from oracle.noise import stored_calibration
 from oracle.reference import Reference
 from oracle.results import Report
 
+pytestmark = pytest.mark.slow
+
 RUNGS = ("operators", "forward", "loss", "decode")
 
 
@@ -30,7 +32,6 @@ def bisected(family: str, place: Path, rungs: tuple[str, ...]) -> Report:
     return diagnosis.bisect(comparison, rungs=rungs)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_wrong_row_is_named_and_its_repair_reaches_training_and_cached_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -51,7 +52,6 @@ def test_a_wrong_row_is_named_and_its_repair_reaches_training_and_cached_steps(
     assert [(rung.name, rung.verdict) for rung in report.repaired.rungs] == [(name, "pass") for name in RUNGS[1:]]
 
 
-@pytest.mark.slow
 def test_a_wrong_row_of_cached_steps_alone_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     own = taps.attention_ops
 

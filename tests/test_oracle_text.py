@@ -31,6 +31,8 @@ from oracle.results import Report
 from oracle.rungs import ids
 from oracle.text import Text
 
+pytestmark = pytest.mark.slow
+
 CORPUS = ["Hello wörld user assistant system\n: abc 0123456789"]
 TEXT_CLASSES = {fault.name for fault in KINDS["text"]}
 NO_MODEL = cast(Reference, None)

@@ -22,6 +22,8 @@ from oracle import models, subject, traces
 from oracle.__main__ import main
 from oracle.traces.recorder import record_any
 
+pytestmark = pytest.mark.slow
+
 # -- Plain functions ---------------------------------------------------------------------
 
 Heads = namedtuple("Heads", "query key")

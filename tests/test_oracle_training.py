@@ -25,6 +25,8 @@ from oracle.results import Cause, Report
 from oracle.rungs import gradients, loss, optimizer
 from oracle.training_site import trained
 
+pytestmark = pytest.mark.slow
+
 RUNGS = (loss.NAME, gradients.NAME, optimizer.NAME)
 OPS = ("token_losses", "mean_loss", "kernel", "weight", "bias", "learning_rate")
 LIMITS = Calibration(
@@ -76,13 +78,10 @@ def place(found: Report) -> tuple[str, str]:
 # -- True models -----------------------------------------------------------------------
 
 HEAVY = [
-    pytest.param("llama", "bfloat16", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
-    *(
-        pytest.param(family, dtype, marks=[pytest.mark.slow, pytest.mark.exhaustive])
-        for family, dtype in (("llama", "float32"), ("gpt2", "bfloat16"))
-    ),
+    pytest.param(family, dtype, marks=pytest.mark.exhaustive)
+    for family, dtype in (("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16"))
 ]
-"""`make test` has each family and each dtype once."""
+"""For `make test-all`."""
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), *HEAVY])
@@ -121,7 +120,6 @@ def test_a_large_models_gradients_are_compared_layer_by_layer_and_none_is_lost(
     assert "3 are zero in truth" in rung.summary
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.exhaustive), "llama"])
 def test_a_large_models_first_layer_is_optimized(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training_probe, "LARGE", 0)
@@ -356,7 +354,7 @@ test_oracle_repairs_training.py."""
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in QUICK else [pytest.mark.slow, pytest.mark.exhaustive]) for name in STEPS],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in STEPS],
 )
 def test_a_wrong_step_is_named_by_what_undoes_it(gpt2: Case, name: str):
     plant, tap = STEPS[name]
@@ -367,7 +365,6 @@ def test_a_wrong_step_is_named_by_what_undoes_it(gpt2: Case, name: str):
     assert not report.causes[0].tied
 
 
-@pytest.mark.slow
 def test_a_step_that_accumulates_wrongly_is_named_at_the_step(gpt2: Case):
     """The gradients function is right; the step has its own."""
 
@@ -382,7 +379,6 @@ def test_a_step_that_accumulates_wrongly_is_named_at_the_step(gpt2: Case):
     assert [c.name for c in report.causes] == ["gradient accumulation normalised per micro-batch"]
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_mistake_in_the_products_own_gradients_is_undone_in_its_steps_as_well(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -31,6 +31,8 @@ from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.train_step import initial_state, stacked, train_step
 from jaxgpt.training_loop import Loop
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dataclasses.replace(
     PRESETS["llama-tiny"], vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
 )

@@ -11,6 +11,8 @@ import pytest
 
 from jaxgpt.presets import PRESETS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def last_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -31,7 +33,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     return ("--preset", "tiny", "--rounds", "1")
 
 
-@pytest.mark.slow
 def test_the_decode_benchmark_compares_the_same_tokens(last_line, tiny):
     result = last_line(bench_decode, *tiny, "--batch", "3", "--prompt", "12", "--new", "8")
     assert result["same_tokens"] is True
@@ -39,7 +40,6 @@ def test_the_decode_benchmark_compares_the_same_tokens(last_line, tiny):
     assert result["batch"] == 3
 
 
-@pytest.mark.slow
 def test_the_training_benchmark_gives_a_share_of_the_matmul_rate_and_its_formula(last_line, tiny):
     result = last_line(bench_train, *tiny, "--batch", "1", "--time", "16")
     assert 0 < result["share_of_matmul_rate"] < 1

@@ -13,6 +13,8 @@ import pytest
 from jaxgpt import stop_signals
 from jaxgpt.stop_signals import StopSignals, interrupting, told
 
+pytestmark = pytest.mark.slow
+
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 PATIENCE = 10.0
 """Seconds until an interrupt that does not come is missed."""

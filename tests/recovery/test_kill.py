@@ -16,6 +16,8 @@ from jaxgpt import checkpoint, manifest, weights
 from jaxgpt.checkpoint import Contents
 from jaxgpt.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig(
     vocab_size=64,
     hidden_size=6,
@@ -163,7 +165,6 @@ def test_the_next_save_removes_leftovers_too(run: Path):
     assert sorted(path.name for path in run.iterdir()) == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_kill_while_orbax_writes_leaves_the_last_step(run: Path):
     code = (

@@ -15,6 +15,8 @@ from many_devices import HEARTBEAT, Processes, apart, trained
 from jaxgpt import checkpoint, cli, heartbeat, manifest
 from jaxgpt.step_folder import GOLDEN, latest, steps
 
+pytestmark = pytest.mark.slow
+
 NOISE = 5e-6
 """Relative, as of tests/test_mesh.py."""
 STEPS = 12
@@ -70,7 +72,6 @@ def ended(pair: Processes, victim: int, number: signal.Signals) -> str:
     return told
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_go_on_after_one_fell_silent(data: Path, tmp_path: Path):
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert cli.main(pretrain(data, alone)) == 0
@@ -91,7 +92,6 @@ def test_two_processes_train_as_one_does_and_go_on_after_one_fell_silent(data: P
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_whichever_of_two_processes_is_killed_the_other_ends_with_one_line(data: Path, tmp_path: Path, victim: int):
     pair = BareProcesses(tmp_path / "out", [*pretrain(data, tmp_path / "out", 999), "--fsdp", "4"])
@@ -102,7 +102,6 @@ def test_whichever_of_two_processes_is_killed_the_other_ends_with_one_line(data:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_at_one_step_and_one_device_goes_on_from_it(data: Path, tmp_path: Path):
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert cli.main(pretrain(data, alone)) == 0
@@ -118,7 +117,6 @@ def test_a_signal_to_one_process_ends_both_at_one_step_and_one_device_goes_on_fr
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_two_processes_refuse_a_model_that_does_not_answer_as_it_did(data: Path, tmp_path: Path):
     base, out = tmp_path / "base", tmp_path / "out"
     assert cli.main(pretrain(data, base)) == 0

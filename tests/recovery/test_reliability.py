@@ -14,6 +14,8 @@ import reliability_damage
 
 from jaxgpt import array_files, checkpoint, manifest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,7 +28,6 @@ def trial(script: str, *words: object, seconds: int = 900) -> dict[str, Any]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_runs_killed_at_twenty_moments_go_on_as_if_nothing_had_happened():
     found = trial("reliability_kills.py", "--count", 20)
     assert (found["kills"], found["at_points_of_a_save"], found["problems"]) == (20, 10, 0)

@@ -27,6 +27,8 @@ from jaxgpt import checkpoint, cli, gates, preflight, run_log, training_loop
 from jaxgpt.data.shards import TokenShards
 from jaxgpt.run_log import RunLog
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 RUN = ("--steps", STEPS, "--save-every", 2, "--eval-every", 4)
 PATIENCE = 30
@@ -246,7 +248,6 @@ k.be_the_run(k.Kill({point!r}, {nth}), {arguments!r}, Path({errors!r}), 0)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "point", [p if p == "before the rename" else pytest.param(p, marks=pytest.mark.exhaustive) for p in POINTS]
 )
