@@ -18,7 +18,8 @@ import time
 import jax
 
 PYTHON = sys.executable
-QUICK = [PYTHON, "-m", "pytest", "-q", "-x", "-m", "not slow and not exhaustive", "tests/test_model.py", "tests/test_generate.py"]
+_QUICKLY = ["-m", "not slow and not exhaustive"]
+QUICK = [PYTHON, "-m", "pytest", "-q", "-x", *_QUICKLY, "tests/test_model.py", "tests/test_generate.py"]
 EQUIVALENCE = [PYTHON, "-m", "oracle", "equivalence", "--out", "build/equivalence"]
 DECODE = [PYTHON, "scripts/bench_decode.py", "--device", "gpu", "--dtype", "bfloat16"]
 TRAIN = [PYTHON, "scripts/bench_train.py", "--device", "gpu", "--dtype", "bfloat16"]
